@@ -1,0 +1,312 @@
+"""`pyinfer-generate`: a model answers a prompt, or talks on a terminal.
+
+Text goes to standard output and nothing else does; progress, figures and errors go to standard error. Exit
+codes: 0 done, 1 something is wrong with the input (one sentence), 2 wrong usage, 130 interrupted. Heavy
+imports wait until they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyinfer import PyInferError, __version__
+from pyinfer.errors import InputError
+from pyinfer.progress import Progress
+
+if TYPE_CHECKING:
+    from pyinfer.llama import Llama
+    from pyinfer.runtime.generate import GenerationStats, Segment, TextOptions
+    from pyinfer.runtime.sampler import SamplingParams
+
+# the processor time used so far is, in a process this young, the time since its start
+STARTED = time.perf_counter() - time.process_time()
+INTERRUPTED = 130
+COMPILE_SECONDS = 15  # named in the notice before the first run
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+
+Opener = Callable[[dict[str, Any]], "Llama"]
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _interruptible(llm: Llama) -> Iterator[None]:
+    """The first Ctrl-C ends the running answer between two tokens, a second one raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers belong to the main thread
+        return
+    count = 0
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        llm.cancel()
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 at byte {error.start}") from None
+    return text.replace("\r\n", "\n").removesuffix("\n")
+
+
+def _prompt(options: dict[str, Any]) -> str | None:
+    """The prompt from the command line or standard input; None when a person sits there to be asked."""
+    if options["text"] is not None and options["prompt"] is not None:
+        raise click.UsageError("the prompt was given twice, as argument and with -p")
+    prompt = options["text"] if options["text"] is not None else options["prompt"]
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty():
+        if options["as_json"] or options["chat"] is False:
+            raise click.UsageError("--json and --no-chat need a prompt")
+        return None
+    if prompt is None or prompt == "-":
+        prompt = _read_stdin() if sys.stdin is not None else ""
+    if not prompt:
+        raise InputError("the prompt is empty; give one as argument, with -p, or through standard input")
+    return prompt
+
+
+def _open_llama(options: dict[str, Any]) -> Llama:
+    """Find, if need be fetch, and load the model."""
+    from pyinfer.model_store import DEFAULT_MODEL, find_model
+
+    name = options["model"] or DEFAULT_MODEL
+    with Progress(sys.stderr, f"fetching {name}") as progress:
+        path = find_model(name, progress=progress, offline=options["offline"])
+    from pyinfer.jit.kernel import kernel_cache_is_cold
+    from pyinfer.llama import Llama
+
+    if kernel_cache_is_cold():
+        _note(f"compiling kernels for this processor, once (about {COMPILE_SECONDS} s)")
+    with Progress(sys.stderr, "loading") as progress:
+        return Llama(path, n_ctx=options["ctx"], n_threads=options["threads"], progress=progress)
+
+
+def _summary(stats: GenerationStats) -> str:
+    parts = [f"{stats.prompt_tokens} prompt tokens"]
+    if stats.reused_tokens:
+        parts[-1] += f" ({stats.reused_tokens} known)"
+    parts[-1] += f" at {stats.prefill_tokens_per_second:.0f} t/s"
+    parts.append(f"{stats.completion_tokens} tokens at {stats.decode_tokens_per_second:.0f} t/s")
+    if stats.completion_tokens:
+        parts.append(f"first token after {stats.first_token_seconds:.2f} s")
+    return ", ".join(parts)
+
+
+def _show(segments: Iterator[Segment]) -> Segment:
+    """Write an answer as it comes, ending its last line; the last segment."""
+    end, segment = "\n", None
+    for segment in segments:
+        if segment.text:
+            end = "" if segment.text.endswith("\n") else "\n"
+            sys.stdout.write(segment.text)
+            sys.stdout.flush()
+    sys.stdout.write(end)
+    sys.stdout.flush()
+    assert segment is not None, "a stream ends with a segment that has a finish_reason"
+    return segment
+
+
+def _show_json(segments: Iterator[Segment], llm: Llama, load_seconds: float) -> Segment:
+    """Write one JSON object about a whole answer; the last segment."""
+    parts = list(segments)
+    last = parts[-1]
+    stats = last.stats
+    answer = {
+        "model": str(llm.model_path),
+        "text": "".join(part.text for part in parts),
+        "tokens": [int(token) for part in parts for token in part.tokens],
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "completion_tokens": stats.completion_tokens,
+        "timings": {
+            "load_seconds": load_seconds,
+            "first_token_seconds": stats.first_token_seconds,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": stats.decode_tokens_per_second,
+        },
+    }
+    click.echo(json.dumps(answer, ensure_ascii=False))
+    return last
+
+
+def _prompt_tokens(llm: Llama, prompt: str, options: dict[str, Any]) -> list[int]:
+    chat = options["chat"] if options["chat"] is not None else llm.tokenizer.chat_template is not None
+    if chat:
+        from pyinfer.text.chat import encode_chat
+
+        system = [{"role": "system", "content": options["system"]}] if options["system"] is not None else []
+        return encode_chat(llm.tokenizer, [*system, {"role": "user", "content": prompt}])
+    if options["system"] is not None:
+        raise InputError("--system needs a chat, but this model has no chat template or --no-chat was given")
+    return llm.tokenize(prompt)
+
+
+def _answer_prompt(
+    llm: Llama, prompt: str, options: dict[str, Any], text_options: TextOptions, sampling: SamplingParams
+) -> int:
+    load_seconds = time.perf_counter() - STARTED
+    tokens = _prompt_tokens(llm, prompt, options)
+    if options["verbose"]:
+        threads = getattr(llm.session, "n_threads", "?")
+        _note(
+            f"{llm.model_path}: ready after {load_seconds:.2f} s, "
+            f"{llm.n_ctx()} tokens of context, {threads} threads"
+        )
+    with Progress(sys.stderr, "reading the prompt", "tokens") as progress, _interruptible(llm):
+
+        def segments() -> Iterator[Segment]:
+            for segment in llm.stream_segments(
+                tokens, text_options, sampling, progress=progress, began=STARTED
+            ):
+                progress.close()  # before the first text, or the two would share a line
+                yield segment
+
+        last = _show_json(segments(), llm, load_seconds) if options["as_json"] else _show(segments())
+    _note(_summary(last.stats) + (f", ended by {last.finish_reason}" if options["verbose"] else ""))
+    return INTERRUPTED if last.finish_reason == "cancelled" else 0
+
+
+def _read_line() -> str:
+    """A line of the person at the terminal; EOFError at the end."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
+        return input("> ")
+    click.echo("> ", nl=False, err=True)  # input() would write its sign into the redirected output
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+def _talk(llm: Llama, options: dict[str, Any], text_options: TextOptions, sampling: SamplingParams) -> int:
+    from pyinfer.conversation import Conversation, run_conversation
+
+    if llm.tokenizer.chat_template is None and not options["chat"]:
+        raise InputError("this model has no chat template; give a prompt, or --chat for ChatML")
+
+    def write(segments: Iterator[Segment]) -> Segment:
+        with _interruptible(llm):
+            last = _show(segments)
+        if options["verbose"]:
+            _note(_summary(last.stats))
+        return last
+
+    conversation = Conversation(llm, options["system"], text_options, sampling)
+    run_conversation(conversation, _read_line, write, sys.stderr)
+    return 0
+
+
+def _run(options: dict[str, Any], open_llama: Opener) -> int:
+    prompt = _prompt(options)
+    from pyinfer.runtime.generate import TextOptions
+    from pyinfer.runtime.sampler import SamplingParams
+
+    limit = options["max_tokens"] if options["max_tokens"] >= 0 else None
+    text_options = TextOptions(limit, options["stop"])
+    sampling = SamplingParams(seed=options["seed"], **{name: options[name] for name in SAMPLING})
+    with open_llama(options) as llm:
+        if prompt is None:
+            return _talk(llm, options, text_options, sampling)
+        return _answer_prompt(llm, prompt, options, text_options, sampling)
+
+
+def _silence_stdout() -> None:
+    """Nobody reads on: keep Python from writing the rest, and from complaining about it, at exit."""
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
+    """Run and turn everything that can go wrong outside of this program into a sentence and an exit code."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
+    try:
+        return _run(options, open_llama)
+    except BrokenPipeError:
+        _silence_stdout()
+        return 0
+    except KeyboardInterrupt:
+        _note("\ninterrupted")
+        return INTERRUPTED
+    except (PyInferError, OSError, MemoryError) as error:
+        if options["verbose"]:
+            traceback.print_exc()
+        _note(f"error: {error or type(error).__name__}")
+        return 1
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("text", metavar="[PROMPT]", required=False)
+@click.option("-m", "--model", help="GGUF file or name of a model; the default is fetched once.")
+@click.option("-p", "--prompt", help="The prompt; - reads it from standard input, like a pipe without -p.")
+@click.option("--system", help="System message of the chat.")
+@click.option("-n", "--max-tokens", type=int, default=512, show_default=True, help="-1: as many as fit.")
+@click.option(
+    "--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True, help="0: greedy."
+)
+@click.option("--top-k", type=int, default=40, show_default=True, help="Only the K likeliest tokens; 0: all.")
+@click.option(
+    "--top-p", type=float, default=0.95, show_default=True, help="Likeliest tokens of this mass; 1: all."
+)
+@click.option(
+    "--min-p", type=float, default=0.05, show_default=True, help="Least share of the likeliest's chance."
+)
+@click.option("--repeat-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--frequency-penalty", type=float, default=0.0, show_default=True, help="Per occurrence.")
+@click.option("--presence-penalty", type=float, default=0.0, show_default=True, help="Once per token seen.")
+@click.option("--seed", type=int, help="Makes the answer repeatable.  [default: random]")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="Ends the answer and is not shown; may be repeated."
+)
+@click.option("-t", "--threads", type=int, help="Threads that compute.  [default: one per physical core]")
+@click.option("-c", "--ctx", type=int, help="Tokens of context.  [default: the model's, at most 4096]")
+@click.option(
+    "--chat/--no-chat", default=None, help="Chat or plain continuation.  [default: as the model is made]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
+@click.option("--offline", is_flag=True, help="Never use the network.")
+@click.option("-v", "--verbose", is_flag=True, help="More figures, and tracebacks with errors.")
+@click.version_option(__version__, prog_name="pyinfer-generate")
+@click.pass_context
+def main(context: click.Context, **options: Any) -> None:
+    """Answer PROMPT with a language model, in a chat when no prompt is given.
+
+    Example: pyinfer-generate "Why is the sky blue?"
+    """
+    context.exit(_exit_code(options, context.obj or _open_llama))

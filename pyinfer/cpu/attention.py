@@ -1,0 +1,170 @@
+"""Attention over an f16 KV cache, block by block with a running softmax, so that no score matrix is ever whole.
+
+The cache of a layer is [sequence][kv head], and per head: keys in panels of 16 positions, [position / 16][C][16], so that a load is
+one element of 16 keys; values [position][C]. A work item is one kv head and a few rows; its *entries* are rows x the query heads
+that share the kv head, taken `tile` at once so that each converted key or value serves all of them. Per entry and position: 2 C / 16
+fused multiply-adds on two pipes.
+
+Source: Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022 (FlashAttention).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from numpy import float32
+
+from pyinfer.cpu.math import exp
+from pyinfer.cpu.step import ATTEND_ROWS, POSITIONS, ROWS, SEQUENCES
+from pyinfer.jit.kernel import Kernel, inline, kernel
+from pyinfer.jit.memory import f32_at, float_to_half, i32_at, i64_at, u16_at
+from pyinfer.jit.simd import load_f16x16, tile_add_product, tile_load, tile_scale_rows, tile_store, tile_zero
+
+# Operands, int64. Q, K and V as (address, row stride, private stride); caches are those of the layer.
+(Q, Q_STRIDE, Q_PRIVATE, K, K_STRIDE, K_PRIVATE, V, V_STRIDE, V_PRIVATE, OUT, OUT_STRIDE, KEYS, VALUES, HEAD_BYTES, HEADS, KV_HEADS, HEAD_SIZE,
+ WINDOW, SCRATCH, SCRATCH_BYTES, SCALE) = range(21)  # fmt: skip
+OPERANDS = 21
+
+BLOCK = 128  # positions between two corrections of the running softmax
+
+
+def head_bytes(head_size: int, positions: int) -> int:
+    """Bytes of the keys (or of the values) of one sequence and kv head."""
+    return -(-positions // BLOCK) * BLOCK * head_size * 2
+
+
+def scratch_bytes(head_size: int) -> int:
+    """Bytes of one thread's scratch: queries, outputs, scores of 8 entries, and four numbers per entry."""
+    return 4 * 8 * (2 * head_size + BLOCK + 4)
+
+
+@kernel
+def store(operands, step, first, last, thread):
+    """Round this step's keys and values to halves and write them to the cache. Items are (row, kv head)."""
+    given, words = i64_at(operands), i64_at(step)
+    positions, sequences = i32_at(words[POSITIONS]), i32_at(words[SEQUENCES])
+    size, kv_heads = given[HEAD_SIZE], given[KV_HEADS]
+    for item in range(first, last):
+        row, head = item // kv_heads, item % kv_heads
+        at = (sequences[row] * kv_heads + head) * given[HEAD_BYTES]
+        position = positions[row]
+        k = f32_at(given[K] + row * given[K_STRIDE] + thread * given[K_PRIVATE] + 4 * head * size)
+        v = f32_at(given[V] + row * given[V_STRIDE] + thread * given[V_PRIVATE] + 4 * head * size)
+        keys = u16_at(given[KEYS] + at + 32 * (position // 16 * size) + 2 * (position % 16))
+        values = u16_at(given[VALUES] + at + 2 * position * size)
+        for i in range(size):
+            keys[16 * i] = float_to_half(k[i])
+        for i in range(size):
+            values[i] = float_to_half(v[i])
+
+
+@lru_cache(maxsize=None)
+def attend(tile: int) -> Kernel:
+    """The kernel for 1, 4 or 8 entries at once; items are (kv head, block of ATTEND_ROWS rows of one sequence)."""
+    return _attend_kernel(tile)
+
+
+def attend_items(kv_heads: int, rows: int, attend_rows: int) -> int:
+    return kv_heads * -(-rows // attend_rows)
+
+
+def _attend_kernel(tile: int) -> Kernel:
+    @kernel
+    def attend_entries(operands, step, first, last, thread):
+        given, words = i64_at(operands), i64_at(step)
+        positions, sequences = i32_at(words[POSITIONS]), i32_at(words[SEQUENCES])
+        size, kv_heads, group = given[HEAD_SIZE], given[KV_HEADS], given[HEADS] // given[KV_HEADS]
+        rows, together = words[ROWS], words[ATTEND_ROWS]
+        blocks = (rows + together - 1) // together
+        query = given[SCRATCH] + thread * given[SCRATCH_BYTES]
+        out = query + 4 * tile * size
+        scores = out + 4 * tile * size
+        state = scores + 4 * tile * BLOCK  # per entry: largest score, sum, correction
+        for item in range(first, last):
+            # the last rows see most positions: they go first, so that the team ends together
+            head, row0 = item % kv_heads, (blocks - 1 - item // kv_heads) * together
+            entries = min(together, rows - row0) * group
+            cache = (sequences[row0] * kv_heads + head) * given[HEAD_BYTES]
+            for entry in range(0, entries, tile):
+                count = min(tile, entries - entry)
+                low, high = positions[row0 + entry // group], positions[row0 + (entry + count - 1) // group] + 1
+                start = max(0, low - given[WINDOW] + 1) if given[WINDOW] > 0 else 0
+                _load_queries(given, query, row0, head, entry, count, tile, thread)
+                f = f32_at(state)
+                for e in range(tile):
+                    f[e], f[tile + e] = float32(-1e30), float32(0)
+                o = f32_at(out)
+                for i in range(tile * size):
+                    o[i] = float32(0)
+                for p in range(start // BLOCK * BLOCK, high, BLOCK):
+                    end = min(p + BLOCK, (high + 15) // 16 * 16)
+                    for panel in range(p, end, 16):
+                        total = tile_zero(tile)
+                        keys = given[KEYS] + cache + 2 * panel * size
+                        for c in range(size):
+                            total = tile_add_product(total, load_f16x16(keys + 32 * c), query + 4 * c, 4 * size)
+                        tile_store(total, scores + 4 * (panel - p), 4 * BLOCK)
+                    _softmax(scores, state, positions, row0, entry, group, count, tile, p, end, given[WINDOW])
+                    values = given[VALUES] + cache + 2 * p * size
+                    for c in range(0, size, 16):
+                        total = tile_scale_rows(tile_load(tile, out + 4 * c, 4 * size), state + 8 * tile)
+                        for i in range(min(end, high) - p):
+                            value = load_f16x16(values + 2 * (i * size + c))
+                            total = tile_add_product(total, value, scores + 4 * i, 4 * BLOCK)
+                        tile_store(total, out + 4 * c, 4 * size)
+                _store_outputs(given, out, state, row0, head, entry, count, tile)
+
+    return attend_entries
+
+
+@inline
+def _load_queries(given, query, row0, head, entry, count, tile, thread):
+    """Queries of the entries, scaled; unused entries repeat the last one."""
+    size, group = given[HEAD_SIZE], given[HEADS] // given[KV_HEADS]
+    scale = f32_at(given[SCALE])[0]
+    for e in range(tile):
+        which = entry + min(e, count - 1)
+        row, member = row0 + which // group, which % group
+        source = given[Q] + row * given[Q_STRIDE] + thread * given[Q_PRIVATE] + 4 * (head * group + member) * size
+        x, q = f32_at(source), f32_at(query + 4 * e * size)
+        for i in range(size):
+            q[i] = x[i] * scale
+
+
+@inline
+def _softmax(scores, state, positions, row0, entry, group, count, tile, start, end, window):
+    """Scores of positions [start, end) to weights, in place; updates largest, sum and correction of each entry."""
+    f = f32_at(state)
+    for e in range(tile):
+        s = f32_at(scores + 4 * e * BLOCK)
+        position = positions[row0 + (entry + min(e, count - 1)) // group]
+        first = max(0, position - window + 1 - start) if window > 0 else 0
+        last = min(position + 1, end) - start
+        n = end - start
+        largest = f[e]
+        for i in range(first, last):
+            largest = max(largest, s[i])
+        for i in range(min(first, n)):
+            s[i] = float32(-1e30)
+        for i in range(max(last, 0), n):
+            s[i] = float32(-1e30)
+        total = float32(0)
+        for i in range(n):
+            weight = exp(s[i] - largest) if s[i] > float32(-1e29) else float32(0)
+            s[i] = weight
+            total += weight
+        correction = exp(f[e] - largest)
+        f[e], f[tile + e], f[2 * tile + e] = largest, f[tile + e] * correction + total, correction
+
+
+@inline
+def _store_outputs(given, out, state, row0, head, entry, count, tile):
+    size, group = given[HEAD_SIZE], given[HEADS] // given[KV_HEADS]
+    f = f32_at(state)
+    for e in range(count):
+        row, member = row0 + (entry + e) // group, (entry + e) % group
+        target = f32_at(given[OUT] + row * given[OUT_STRIDE] + 4 * (head * group + member) * size)
+        source = f32_at(out + 4 * e * size)
+        factor = float32(1) / f[tile + e]
+        for i in range(size):
+            target[i] = source[i] * factor

@@ -1,0 +1,83 @@
+"""Runs a program on the CPU: KV cache, rope tables, and one lowered plan per class of steps, made when first needed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyinfer.cpu import attention
+from pyinfer.cpu.lowering import Lowering, Machine, Plan
+from pyinfer.cpu.step import ATTEND_ROWS, Step, tile_of
+from pyinfer.cpu.weights import Weights
+from pyinfer.jit.buffers import allocate
+from pyinfer.jit.team import ITEMS, Team
+from pyinfer.program.program import Program
+
+PREFILL_ATTEND_ROWS = 8
+
+
+class Executor:
+    """Steps of up to `capacity` rows over `n_sequences` sequences of up to n_ctx positions each."""
+
+    def __init__(self, program: Program, weights: Weights, team: Team, n_ctx: int, n_sequences: int, capacity: int) -> None:
+        self.program, self.capacity, self.n_sequences = program, capacity, n_sequences
+        self._team = team
+        self._step = Step(capacity)
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._shape: tuple | None = None
+        cache = program.cache
+        head_bytes = attention.head_bytes(cache.head_size, n_ctx)
+        layer_bytes = head_bytes * cache.kv_heads * n_sequences
+        self.cache_bytes = 2 * layer_bytes * cache.layers
+        self._memory = allocate(self.cache_bytes)
+        start = self._memory.ctypes.data
+        keys = [start + 2 * layer * layer_bytes for layer in range(cache.layers)]
+        ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}
+        tables = {rope: rope.table(n_ctx).astype(np.float32) for rope in ropes}
+        numbers = {op.params[name] for op in program.ops for name in ("scale", "epsilon") if name in op.params}
+        self._constants = np.array(sorted(numbers), np.float32)
+        places = {number: self._constants.ctypes.data + 4 * at for at, number in enumerate(sorted(numbers))}
+        values = [key + layer_bytes for key in keys]
+        self._machine = Machine(team.n_threads, weights, keys, values, head_bytes, tables, places)
+
+    def _plan(self, n_rows: int, n_wanted: int) -> Plan:
+        tiles = tile_of(n_rows), tile_of(n_wanted)
+        if tiles not in self._plans:
+            capacity = [min(self.capacity, 1 if tile == 1 else 4 if tile == 4 else self.capacity) if tile else 0 for tile in tiles]
+            self._plans[tiles] = Lowering(self.program, self._machine, *capacity, *tiles).lower()
+        return self._plans[tiles]
+
+    def step(self, tokens, positions, sequences, wanted) -> np.ndarray:
+        """Run rows of (token, position, sequence); float32 [wanted, vocabulary], the caller's own.
+
+        Rows of one sequence must be consecutive and in order of position, or every row be of another sequence.
+        """
+        step, n_rows, n_wanted = self._step, len(tokens), len(wanted)
+        step.fill(tokens, positions, sequences, wanted)
+        plan = self._plan(n_rows, n_wanted)
+        together = PREFILL_ATTEND_ROWS if n_rows > 1 and sequences[0] == sequences[-1] else 1
+        step.block[ATTEND_ROWS] = together
+        shape = (id(plan), n_rows, n_wanted, together)
+        if shape != self._shape:
+            self._set_items(plan, n_rows, n_wanted, together)
+            self._shape = shape
+        self._team.run(plan.instructions, step.block)
+        if not n_wanted:
+            return np.empty((0, self.program.vocab_size), np.float32)
+        return self._logits(plan, n_wanted)
+
+    def _set_items(self, plan: Plan, n_rows: int, n_wanted: int, together: int) -> None:
+        for row, (kind, number) in zip(plan.instructions, plan.count_of):
+            row[ITEMS] = {
+                "panels": number,
+                "rows": n_rows,
+                "wanted": n_wanted,
+                "store": number * n_rows,
+                "attend": attention.attend_items(number, n_rows, together),
+            }[kind]
+
+    def _logits(self, plan: Plan, n_wanted: int) -> np.ndarray:
+        buffer = plan.logits
+        raw = (np.ctypeslib.ctypes.c_float * (buffer.stride // 4 * n_wanted)).from_address(buffer.address)
+        return np.frombuffer(raw, np.float32).reshape(n_wanted, -1)[:, : self.program.vocab_size].copy()
+
+

@@ -1,0 +1,155 @@
+"""y = W x (+ bias) (+ residual): 16 rows of W at once, for 1, 4 or 8 tokens at once.
+
+One token reads every weight once: the bound is memory, (bits / 8 + 2 / group) bytes per weight. Measured with u4 on 2 Zen 5 cores: see
+docs/performance.md. Eight tokens do per group of 32 columns and token 8 vpdpbusd + convert, multiply, fma and their share of 12 unpacking
+operations; two 512-bit pipes take dot, multiply and fma, so the bound is 5 cycles for 1024 operations.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from pyinfer.jit.kernel import Kernel, kernel
+from pyinfer.jit.memory import i64_at, prefetch
+from pyinfer.jit.simd import (
+    high_nibbles,
+    load_bf16x16,
+    load_f16x16,
+    load_f32x16,
+    load_u8x64,
+    low_nibbles,
+    tile_add_memory,
+    tile_add_product,
+    tile_add_scaled,
+    tile_add_vector,
+    tile_dot,
+    tile_splat_i32,
+    tile_store,
+    tile_zero,
+    tile_zero_i32,
+)
+from pyinfer.quants.panels import PANEL_ROWS, Layout
+
+# Operands, int64. Strides are bytes: of a panel, of a row of a float buffer, from one thread's private copy to the next (0: shared).
+(WEIGHT, PANEL_STRIDE, COLUMNS, COUNT, X, X_STRIDE, X_PRIVATE, OUT, OUT_STRIDE, RESIDUAL, RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS) = range(13)
+OPERANDS = 13
+
+TOKEN_BLOCK = 64  # tokens of x that stay in the cache while panels pass
+AHEAD_BYTES = 1024  # prefetch distance of one-token kernels: 45.7 GB/s of 46.6 read limit; none 41.8, 4096 39.2
+
+
+def prepared_bytes(columns: int, rows: int) -> int:
+    """Bytes of `rows` quantized activations: see `prepared_parts`."""
+    return sum(prepared_parts(columns, rows)[1:]) + 64
+
+
+def prepared_parts(columns: int, rows: int) -> tuple[int, ...]:
+    """Byte sizes, after a leading 0, of the parts of quantized activations, all ordered [group][row]:
+
+    int8 [columns / 32][rows][32], float32 scale, int32 -8 sum, float32 scale * sum (per 32), the two sums again per 16.
+    """
+    groups = columns // 32
+    return (0, groups * rows * 32, groups * rows * 4, groups * rows * 4, groups * rows * 4, groups * rows * 8, groups * rows * 8)
+
+
+@lru_cache(maxsize=None)
+def linear(layout: Layout, tile: int) -> Kernel:
+    """The kernel for a layout and a tile of 1, 4 or 8 tokens; items are panels."""
+    if layout.is_float:
+        return _float_kernel(("f32", "f16", "bf16").index(layout.name), tile)
+    return _quantized_kernel(layout.bits, layout.group, int(layout.has_minimum), tile)
+
+
+def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Kernel:
+    group_bytes = 2 * bits * group
+    halves = 32 // group
+
+    @kernel
+    def linear_quantized(operands, step, first, last, thread):
+        given = i64_at(operands)
+        words = i64_at(step)
+        rows, stride = words[given[COUNT]], words[given[COUNT] + 1]
+        columns = given[COLUMNS]
+        groups = columns // group
+        x = given[X] + thread * given[X_PRIVATE]
+        x_scale = x + columns * stride
+        part = columns // 32 * stride * 4
+        sums, sums_scaled = x_scale + part, x_scale + 2 * part
+        if group == 16:
+            sums, sums_scaled = x_scale + 3 * part, x_scale + 5 * part
+        residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
+        for block in range(0, rows, TOKEN_BLOCK):
+            for panel in range(first, last):
+                codes = given[WEIGHT] + panel * given[PANEL_STRIDE]
+                scales = codes + groups * group_bytes
+                minima = scales + groups * 2 * PANEL_ROWS
+                for t in range(block, min(block + TOKEN_BLOCK, rows), tile):
+                    total = tile_zero(tile)
+                    for g in range(groups):
+                        if has_minimum:
+                            acc = tile_zero_i32(tile)
+                        elif bits == 4:
+                            acc = tile_splat_i32(tile, sums + 4 * (g * stride + t), 0)
+                        else:
+                            acc = tile_splat_i32(tile, sums + 4 * (g * stride + t), 4)
+                        xg = x + 32 * (g // halves * stride + t) + g % halves * group
+                        at = codes + g * group_bytes
+                        if tile == 1:
+                            for c in range(group_bytes // 64):
+                                prefetch(at + AHEAD_BYTES + 64 * c)
+                        if bits == 4:
+                            for c in range(group // 8):
+                                pair = load_u8x64(at + 64 * c)
+                                acc = tile_dot(acc, low_nibbles(pair), xg + 8 * c, 0)
+                                acc = tile_dot(acc, high_nibbles(pair), xg + 8 * c + 4, 0)
+                        else:
+                            for c in range(group // 4):
+                                acc = tile_dot(acc, load_u8x64(at + 64 * c), xg + 4 * c, 1)
+                        scale = load_f16x16(scales + 32 * g)
+                        total = tile_add_scaled(total, acc, scale, x_scale + 4 * (g // halves * stride + t))
+                        if has_minimum:
+                            minimum = load_f16x16(minima + 32 * g)
+                            total = tile_add_product(total, minimum, sums_scaled + 4 * (g * stride + t), 4)
+                    if given[BIAS] != 0:
+                        total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
+                    if given[RESIDUAL] != 0:
+                        here = residual + t * given[RESIDUAL_STRIDE] + 64 * panel
+                        total = tile_add_memory(total, here, given[RESIDUAL_STRIDE])
+                    tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
+
+    return linear_quantized
+
+
+def _float_kernel(kind: int, tile: int) -> Kernel:
+    column_bytes = PANEL_ROWS * (4 if kind == 0 else 2)
+
+    @kernel
+    def linear_float(operands, step, first, last, thread):
+        given = i64_at(operands)
+        rows = i64_at(step)[given[COUNT]]
+        x, x_stride = given[X] + thread * given[X_PRIVATE], given[X_STRIDE]
+        residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
+        for block in range(0, rows, TOKEN_BLOCK):
+            for panel in range(first, last):
+                weight = given[WEIGHT] + panel * given[PANEL_STRIDE]
+                for t in range(block, min(block + TOKEN_BLOCK, rows), tile):
+                    total = tile_zero(tile)
+                    here = x + t * x_stride
+                    for c in range(given[COLUMNS]):
+                        if kind == 0:
+                            column = load_f32x16(weight + c * column_bytes)
+                        elif kind == 1:
+                            column = load_f16x16(weight + c * column_bytes)
+                        else:
+                            column = load_bf16x16(weight + c * column_bytes)
+                        total = tile_add_product(total, column, here + 4 * c, x_stride)
+                    if given[BIAS] != 0:
+                        total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
+                    if given[RESIDUAL] != 0:
+                        there = residual + t * given[RESIDUAL_STRIDE] + 64 * panel
+                        total = tile_add_memory(total, there, given[RESIDUAL_STRIDE])
+                    tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
+
+    return linear_float
+
+

@@ -1,0 +1,245 @@
+"""Operations on rows, one row after the other: everything of a step that is neither linear nor attention.
+
+Items are rows. In a step of one row every thread does them all into a private copy, which costs less than a barrier. Vectors of
+a row are read and written by plain loops that LLVM vectorizes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from numpy import float32, int8, int32, sqrt, uint32
+
+from pyinfer.cpu.math import gelu, relu, silu
+from pyinfer.cpu.step import POSITIONS, TOKENS, WANTED_ROWS
+from pyinfer.jit.atomics import call_kernel
+from pyinfer.jit.kernel import Kernel, inline, kernel
+from pyinfer.jit.memory import (
+    bits_to_float,
+    f32_at,
+    float_to_half,
+    half_to_float,
+    i8_at,
+    i32_at,
+    i64_at,
+    round_half_even,
+    u16_at,
+)
+from pyinfer.quants import panels
+from pyinfer.quants.panels import PANEL_ROWS, Layout
+
+# Operands of all row kernels, int64: up to two inputs and an output as (address, row stride, private stride), then what is special.
+IN, IN_STRIDE, IN_PRIVATE, IN2, IN2_STRIDE, IN2_PRIVATE, OUT, OUT_STRIDE, OUT_PRIVATE, WIDTH, COUNT = range(11)
+FIRST_EXTRA = 11
+OPERANDS = 18
+WEIGHT, EPSILON, HEADS = 11, 12, 13  # rms_norm; EPSILON is the address of a float32
+TABLE, HEAD_SIZE, ROTATED, NEOX, ROPE_HEADS = 11, 12, 13, 14, 15  # rope
+PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE = 11, 12, 13, 14, 15, 16  # embed; SCALE is the address of a float32
+
+
+@inline
+def _row(given, base, row, thread):
+    return given[base] + row * given[base + 1] + thread * given[base + 2]
+
+
+@kernel
+def rms_norm(operands, step, first, last, thread):
+    """out = x / sqrt(mean x^2 + epsilon) * weight, for each of HEADS parts of a row. Source: Zhang & Sennrich 2019."""
+    given = i64_at(operands)
+    heads = given[HEADS]
+    width = given[WIDTH] // heads
+    weight, epsilon = f32_at(given[WEIGHT]), f32_at(given[EPSILON])[0]
+    for row in range(first, last):
+        for head in range(heads):
+            x = f32_at(_row(given, IN, row, thread) + 4 * head * width)
+            out = f32_at(_row(given, OUT, row, thread) + 4 * head * width)
+            total = float32(0)
+            for i in range(width):
+                total += x[i] * x[i]
+            factor = float32(1) / sqrt(total / float32(width) + epsilon)
+            for i in range(width):
+                out[i] = x[i] * factor * weight[i]
+
+
+@kernel
+def add(operands, step, first, last, thread):
+    """out = a + b"""
+    given = i64_at(operands)
+    for row in range(first, last):
+        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
+        out = f32_at(_row(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = a[i] + b[i]
+
+
+@kernel
+def gate_silu(operands, step, first, last, thread):
+    """out = silu(a) * b"""
+    given = i64_at(operands)
+    for row in range(first, last):
+        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
+        out = f32_at(_row(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = silu(a[i]) * b[i]
+
+
+@kernel
+def gate_gelu(operands, step, first, last, thread):
+    """out = gelu(a) * b"""
+    given = i64_at(operands)
+    for row in range(first, last):
+        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
+        out = f32_at(_row(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = gelu(a[i]) * b[i]
+
+
+@kernel
+def gate_relu(operands, step, first, last, thread):
+    """out = relu(a) * b"""
+    given = i64_at(operands)
+    for row in range(first, last):
+        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
+        out = f32_at(_row(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = relu(a[i]) * b[i]
+
+
+@kernel
+def select(operands, step, first, last, thread):
+    """out[i] = x[wanted[i]]: the rows whose logits are asked for. Items are wanted rows."""
+    given = i64_at(operands)
+    wanted = i32_at(i64_at(step)[WANTED_ROWS])
+    for item in range(first, last):
+        x, out = f32_at(_row(given, IN, wanted[item], thread)), f32_at(_row(given, OUT, item, thread))
+        for i in range(given[WIDTH]):
+            out[i] = x[i]
+
+
+@kernel
+def quantize(operands, step, first, last, thread):
+    """int8 per 32 with scale amax / 127, and sums: the parts of `pyinfer.cpu.linear.prepared_parts`.
+
+    The scale is rounded to a half, as llama.cpp's Q8_0 does, so that results are comparable to the last bits. OUT_STRIDE is unused.
+    """
+    given = i64_at(operands)
+    stride = i64_at(step)[given[COUNT] + 1]
+    groups = given[WIDTH] // 32
+    out = given[OUT] + thread * given[OUT_PRIVATE]
+    scales = out + groups * 32 * stride
+    part = groups * stride * 4
+    scale_at, sums, sums_scaled = f32_at(scales), i32_at(scales + part), f32_at(scales + 2 * part)
+    halves, halves_scaled = i32_at(scales + 3 * part), f32_at(scales + 5 * part)
+    for row in range(first, last):
+        source = _row(given, IN, row, thread)
+        for g in range(groups):
+            x = f32_at(source + 128 * g)
+            largest = float32(0)
+            for i in range(32):
+                largest = max(largest, abs(x[i]))
+            inverse = float32(127) / largest if largest > float32(0) else float32(0)
+            scale = half_to_float(float_to_half(largest / float32(127)))
+            at = g * stride + row
+            codes = i8_at(out + 32 * at)
+            low, high = int32(0), int32(0)
+            for i in range(16):
+                code = int32(round_half_even(x[i] * inverse))
+                codes[i] = int8(code)
+                low = int32(low + code)
+            for i in range(16, 32):
+                code = int32(round_half_even(x[i] * inverse))
+                codes[i] = int8(code)
+                high = int32(high + code)
+            scale_at[at] = scale
+            sums[at] = int32(-8 * (low + high))
+            sums_scaled[at] = scale * float32(low + high)
+            pair = 2 * g * stride + row
+            halves[pair], halves[pair + stride] = int32(-8 * low), int32(-8 * high)
+            halves_scaled[pair], halves_scaled[pair + stride] = scale * float32(low), scale * float32(high)
+
+
+@kernel
+def rope(operands, step, first, last, thread):
+    """Rotate ROPE_HEADS heads of a row by its position; TABLE is float32 [position][ROTATED / 2][cos, sin].
+
+    NEOX pairs element i with i + ROTATED / 2, otherwise neighbours are pairs. Source: RoFormer (Su et al. 2021), ggml's two modes.
+    """
+    given = i64_at(operands)
+    positions = i32_at(i64_at(step)[POSITIONS])
+    half, size = given[ROTATED] // 2, given[HEAD_SIZE]
+    for row in range(first, last):
+        table = f32_at(given[TABLE] + positions[row] * half * 8)
+        for head in range(given[ROPE_HEADS]):
+            x = f32_at(_row(given, IN, row, thread) + 4 * head * size)
+            out = f32_at(_row(given, OUT, row, thread) + 4 * head * size)
+            if given[NEOX] != 0:
+                for i in range(half):
+                    a, b = x[i], x[i + half]
+                    out[i] = a * table[2 * i] - b * table[2 * i + 1]
+                    out[i + half] = b * table[2 * i] + a * table[2 * i + 1]
+            else:
+                for i in range(half):
+                    a, b = x[2 * i], x[2 * i + 1]
+                    out[2 * i] = a * table[2 * i] - b * table[2 * i + 1]
+                    out[2 * i + 1] = b * table[2 * i] + a * table[2 * i + 1]
+            for i in range(2 * half, size):
+                out[i] = x[i]
+
+
+@lru_cache(maxsize=None)
+def embed(layout: Layout) -> Kernel:
+    """Rows of the embedding matrix, which stays in the file: a token's row is packed into a panel and read back from there."""
+    bits, group, minimum = layout.bits, layout.group, int(layout.has_minimum)
+    kind = 0 if not layout.is_float else 1 + ("f32", "f16", "bf16").index(layout.name)
+    return _embed_kernel(kind, bits, group, minimum)
+
+
+def _embed_kernel(kind: int, bits: int, group: int, has_minimum: int) -> Kernel:
+    zero = 0 if has_minimum else 8 if bits == 4 else 128
+    group_bytes = 2 * bits * group
+
+    @kernel
+    def embed_rows(operands, step, first, last, thread):
+        given = i64_at(operands)
+        tokens = i32_at(i64_at(step)[TOKENS])
+        columns, scale = given[WIDTH], f32_at(given[SCALE])[0]
+        panel = given[PANEL] + thread * (given[PANEL_BYTES] + 64)
+        pack = i64_at(panel + given[PANEL_BYTES])
+        pack[panels.TARGET], pack[panels.ROWS] = panel, 1
+        pack[panels.COLUMNS], pack[panels.PANEL_STRIDE] = columns, given[PANEL_BYTES]
+        groups = columns // group
+        scales = u16_at(panel + groups * group_bytes)
+        minima = u16_at(panel + groups * (group_bytes + 2 * PANEL_ROWS))
+        for row in range(first, last):
+            pack[panels.SOURCE] = given[DATA] + tokens[row] * given[ROW_BYTES]
+            call_kernel(given[PACK], panel + given[PANEL_BYTES], step, 0, 1, thread)
+            out = f32_at(_row(given, OUT, row, thread))
+            for c in range(columns):
+                if kind == 0:
+                    out[c] = scale * _coded(panel, scales, minima, c, bits, group, zero, has_minimum)
+                else:
+                    out[c] = scale * _float_of(kind, panel, c * PANEL_ROWS)
+
+    return embed_rows
+
+
+@inline
+def _coded(panel, scales, minima, column, bits, group, zero, has_minimum):
+    """Row 0 of a panel at a column: see pyinfer.quants.panels."""
+    from_quad = column // 4
+    if bits == 4:
+        code = i64_at(panel + 64 * (from_quad // 2))[0] >> (8 * (column % 4) + 4 * (from_quad % 2)) & 15
+    else:
+        code = i64_at(panel + 64 * from_quad)[0] >> (8 * (column % 4)) & 255
+    at = column // group * PANEL_ROWS
+    value = half_to_float(scales[at]) * float32(code - zero)
+    return value + half_to_float(minima[at]) if has_minimum else value
+
+
+@inline
+def _float_of(kind, panel, at):
+    if kind == 1:
+        return f32_at(panel)[at]
+    if kind == 2:
+        return half_to_float(u16_at(panel)[at])
+    return bits_to_float(uint32(u16_at(panel)[at]) << uint32(16))

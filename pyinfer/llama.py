@@ -1,0 +1,390 @@
+"""Class Llama: a loaded model with one KV cache, and the calls that users of llama-cpp-python know.
+
+The library is quiet: no output, no signal handlers, no state outside the object. Everything that computes
+takes a turn (pyinfer.runtime.turns): a generation runs to its end before another thread's begins, and an
+abandoned stream gives up its turn. Text of the caller is text: control tokens written in a prompt are not
+parsed, `tokenize(text, special=True)` does that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyinfer.errors import InputError
+from pyinfer.runtime.generate import CachedSequence, Progress, Segment, TextOptions, stream_text
+from pyinfer.runtime.response import ChatResponse, CompletionResponse, Drawn
+from pyinfer.runtime.sampler import Sampler, SamplingParams, token_logprob
+from pyinfer.runtime.turns import Turns
+
+CONTEXT_TOKENS = 4096  # default context, where the model has that much
+CHUNK_TOKENS = 64  # tokens whose logits are in memory at once when a prompt is scored
+
+
+def _text_options(
+    max_tokens: int | None, stop: str | Sequence[str] | None, logprobs: int | None
+) -> TextOptions:
+    limit = None if max_tokens is None or max_tokens < 0 else max_tokens
+    return TextOptions(limit, (stop,) if isinstance(stop, str) else tuple(stop or ()), logprobs)
+
+
+class Llama:
+    """A model that answers.
+
+    model_path : GGUF file (any part of a split one)
+    n_ctx : tokens of context, None: the model's, at most 4096
+    n_threads : None: one per physical core;  seed : makes the whole sequence of calls repeatable
+    verbose : accepted for llama-cpp-python's sake, nothing is ever printed
+    progress : (bytes done, bytes to do) of loading
+
+    Raises ModelNotFoundError, FormatError, UnsupportedError, CapacityError for the file and InputError for
+    the arguments. Safe to use from several threads: each generation holds the model until it ends (for a
+    stream: until it is exhausted or closed), the others wait; `cancel` may be called at any time.
+
+    >>> with Llama("model.gguf") as llm:                                               # doctest: +SKIP
+    ...     llm("Once upon a time", max_tokens=8)["choices"][0]["text"]
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        seed: int | None = None,
+        verbose: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
+            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+                raise InputError(f"{name} is {value!r}, expected 1 or more, or None for the default")
+        SamplingParams(seed=seed)
+        from pyinfer.runtime.loader import load_model  # numba comes with it, which takes most of the start-up
+        from pyinfer.runtime.session import Session
+
+        model = load_model(model_path, progress=progress)
+        try:
+            trained = int(model.hparams.context_length)
+            if n_ctx is not None and n_ctx > trained:
+                raise InputError(f"n_ctx is {n_ctx}, {model_path} was made for at most {trained}")
+            session = Session(model, min(trained, CONTEXT_TOKENS) if n_ctx is None else int(n_ctx), n_threads)
+        except BaseException:
+            model.close()
+            raise
+        self._set_up(model, session, str(model_path), seed)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, offline: bool = False, progress: Progress | None = None, **options: Any
+    ) -> Llama:
+        """Load a model by its registered name, for example "smollm2-135m"; it is fetched once.
+
+        progress : (bytes done, bytes to do) of fetching;  options : those of the class
+        """
+        from pyinfer.model_store import find_model
+
+        return cls(find_model(name, progress=progress, offline=offline), **options)
+
+    @classmethod
+    def _from_model(cls, model: Any, session: Any, name: str = "model", seed: int | None = None) -> Llama:
+        """An instance over a model and a session that exist already."""
+        llm = cls.__new__(cls)
+        llm._set_up(model, session, name, seed)
+        return llm
+
+    def _set_up(self, model: Any, session: Any, name: str, seed: int | None) -> None:
+        self.model_path = name
+        self.model, self.session, self.tokenizer = model, session, model.tokenizer
+        self._cache = CachedSequence(session)
+        self._seeds = None if seed in (None, -1) else np.random.default_rng(seed)
+        self._turns = Turns()
+        self._cancel_count = 0
+        self._closed = False
+        self._scores: np.ndarray | None = None
+
+    # -- turns
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        turn = object()
+        self._turns.take(turn)
+        try:
+            self._check_open()
+            yield
+        finally:
+            self._turns.give_back(turn)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(f"the model {self.model_path} is closed, expected an open one")
+
+    def cancel(self) -> None:
+        """End every generation that has been asked for so far, from any thread;
+
+        they finish with "cancelled".
+        """
+        self._cancel_count += 1
+
+    def _cancelled(self) -> Callable[[], bool]:
+        count = self._cancel_count
+        return lambda: self._cancel_count != count
+
+    def reset(self) -> None:
+        """Forget all tokens in the KV cache."""
+        with self._turn():
+            self._cache.clear()
+            self._scores = None
+
+    def close(self) -> None:
+        """Cancel what runs and free the memory; calling it again does nothing."""
+        self.cancel()
+        turn = object()
+        self._turns.take(turn, from_any_paused=True)
+        try:
+            if not self._closed:
+                self._closed = True
+                self.session.close()
+                self.model.close()
+        finally:
+            self._turns.give_back(turn)
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- tokens and logits
+
+    def n_ctx(self) -> int:
+        """How many tokens the context holds."""
+        return self.session.n_ctx
+
+    def n_vocab(self) -> int:
+        """How many tokens the model knows."""
+        return self.session.n_vocab
+
+    def token_bos(self) -> int:
+        """The token that begins a text, -1 when the model has none."""
+        return -1 if self.tokenizer.bos_id is None else self.tokenizer.bos_id
+
+    def token_eos(self) -> int:
+        """The token that ends a text, -1 when the model has none."""
+        return -1 if self.tokenizer.eos_id is None else self.tokenizer.eos_id
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are in the KV cache."""
+        return len(self._cache.tokens)
+
+    def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Tokens of a text; bytes must be UTF-8.
+
+        add_bos : begin with the token that begins a text, where the model wants one
+        special : parse control tokens in the text
+        """
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"the text is not UTF-8 at byte {error.start}") from None
+        return self.tokenizer.encode(text, bos=None if add_bos else False, special=special)
+
+    def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
+        """UTF-8 bytes of tokens, also where they end inside of a character.
+
+        special : also write control tokens
+        """
+        names, control = self.tokenizer.token_text, self.tokenizer.control_texts
+        shown = tokens if special else [token for token in tokens if names(token) not in control]
+        text = b"".join(self.tokenizer.token_bytes(token) for token in shown)
+        # the space that a begin token calls for is no part of the text
+        dropped = text[:1] == b" " and text[1:].decode("utf-8", "replace") == self.tokenizer.decode(tokens)
+        return text[1:] if dropped and not special else text
+
+    def eval(self, tokens: Sequence[int], *, all_logits: bool = False) -> None:
+        """Compute tokens behind those in the KV cache; then `scores` and `last_logits` are there.
+
+        Raises ContextFullError when they do not fit, InputError for none or unknown ones.
+        """
+        with self._turn():
+            self._scores = self._cache.append(list(tokens), all_logits=all_logits)
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Logits of the last `eval`, f32 [T, V] with all_logits, else [1, V] behind its last token."""
+        if self._scores is None:
+            raise InputError("there are no scores yet, expected a call of eval first")
+        return self._scores
+
+    @property
+    def last_logits(self) -> np.ndarray:
+        """Logits f32 [V] behind the last token in the KV cache."""
+        if self._cache.logits is None:
+            raise InputError("there are no logits yet, expected a call of eval first")
+        return self._cache.logits
+
+    # -- generation
+
+    def stream_segments(
+        self,
+        prompt: str | Sequence[int],
+        options: TextOptions | None = None,
+        sampling: SamplingParams | None = None,
+        *,
+        progress: Progress | None = None,
+        began: float | None = None,
+    ) -> Iterator[Segment]:
+        """Stream segments of text with tokens and figures: what the completions are made of.
+
+        progress : (tokens done, tokens to do) of the prompt
+        began : perf_counter() from which the first token is timed, None: now
+        Raises InputError, ContextFullError at the first segment.
+        """
+        tokens = self.tokenize(prompt) if isinstance(prompt, str | bytes) else list(prompt)
+        began = time.perf_counter() if began is None else began
+        cancelled = self._cancelled()
+        sampling = sampling or SamplingParams()
+
+        def segments() -> Iterator[Segment]:
+            turn = object()
+            self._turns.take(turn)
+            try:
+                self._check_open()
+                sampler, chosen = Sampler(self._seeded(sampling)), options or TextOptions()
+                stream = stream_text(
+                    self._cache, self.tokenizer, tokens, sampler, chosen,
+                    cancelled=cancelled, progress=progress, began=began,
+                )  # fmt: skip
+                for segment in stream:
+                    if segment.finish_reason:
+                        self._turns.give_back(turn)
+                    self._turns.pause(turn)
+                    yield segment
+                    if segment.finish_reason:
+                        return
+                    self._turns.take(turn)
+                    self._check_open()
+            finally:
+                self._turns.give_back(turn)
+
+        return segments()
+
+    def _seeded(self, sampling: SamplingParams) -> SamplingParams:
+        if sampling.seed is not None or self._seeds is None:
+            return sampling
+        return dataclasses.replace(sampling, seed=int(self._seeds.integers(2**63)))
+
+    def create_completion(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 16,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        echo: bool = False,
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> dict | Iterator[dict]:
+        """Continue a text (or tokens); a dict, with stream=True an iterator of dicts, of the OpenAI
+        completion shape.
+
+        max_tokens : None or -1 for as many as the context holds;  stop : texts that end the answer
+        echo : put the prompt before the answer
+        logprobs : report that many most probable tokens at each place
+        sampling : the fields of SamplingParams, and model= as the name to show
+        Raises InputError, ContextFullError, UnsupportedError; TypeError for unknown keywords.
+        """
+        model = sampling.pop("model", None) or self.model_path
+        params, options = SamplingParams.from_keywords(sampling), _text_options(max_tokens, stop, logprobs)
+        tokens = self.tokenize(prompt) if isinstance(prompt, str | bytes) else list(prompt)
+        text = prompt if isinstance(prompt, str) else self.detokenize(tokens).decode("utf-8", "replace")
+        response = CompletionResponse(model, self.tokenizer.token_bytes, 0 if echo else len(text))
+        segments = self.stream_segments(tokens, options, params)
+
+        def chunks() -> Iterator[dict]:
+            if echo:
+                yield response.chunk(text, self._prompt_logprobs(tokens, logprobs), None)
+            for segment in segments:
+                yield response.chunk(segment.text, _drawn(segment, options), segment.finish_reason)
+
+        if stream:
+            return chunks()
+        scored = self._prompt_logprobs(tokens, logprobs) if echo else None
+        written, drawn, last = _joined(segments, options)
+        if echo:
+            written, drawn = text + written, None if drawn is None else [*(scored or ()), *drawn]
+        return response.whole(written, drawn, last.finish_reason, last.stats)
+
+    __call__ = create_completion
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[dict],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stream: bool = False,
+        logprobs: bool = False,
+        top_logprobs: int | None = None,
+        **sampling: Any,
+    ) -> dict | Iterator[dict]:
+        """Answer a conversation [{"role": ..., "content": ...}, ...] with the model's own template.
+
+        A dict, with stream=True an iterator of dicts, of the OpenAI chat shape; parameters and errors as in
+        `create_completion`.
+        """
+        from pyinfer.text.chat import encode_chat
+
+        model = sampling.pop("model", None) or self.model_path
+        params = SamplingParams.from_keywords(sampling)
+        options = _text_options(max_tokens, stop, (top_logprobs or 0) if logprobs else None)
+        tokens = encode_chat(self.tokenizer, messages)
+        response = ChatResponse(model, self.tokenizer.token_bytes)
+        segments = self.stream_segments(tokens, options, params)
+
+        def chunks() -> Iterator[dict]:
+            yield response.first()
+            for segment in segments:
+                yield response.chunk(segment.text, _drawn(segment, options), segment.finish_reason)
+
+        if stream:
+            return chunks()
+        written, drawn, last = _joined(segments, options)
+        return response.whole(written, drawn, last.finish_reason, last.stats)
+
+    def _prompt_logprobs(self, tokens: list[int], count: int | None) -> Drawn | None:
+        """Each token of a prompt with its log-probability; the first has none.
+
+        Leaves the prompt in the KV cache.
+        """
+        if count is None:
+            return None
+        drawn: list = [(tokens[0], None)] if tokens else []
+        with self._turn():
+            self._cache.clear()
+            for begin in range(0, len(tokens), CHUNK_TOKENS):
+                chunk = tokens[begin : begin + CHUNK_TOKENS]
+                rows = self._cache.append(chunk, all_logits=True)
+                following = tokens[begin + 1 : begin + 1 + len(chunk)]
+                drawn += [(token, token_logprob(row, token, count)) for row, token in zip(rows, following)]
+        return drawn
+
+
+def _drawn(segment: Segment, options: TextOptions) -> Drawn | None:
+    return None if options.logprobs is None else [(entry.token, entry) for entry in segment.logprobs]
+
+
+def _joined(segments: Iterator[Segment], options: TextOptions) -> tuple[str, list | None, Segment]:
+    """Text, drawn tokens (None without log-probabilities) and last segment of a stream."""
+    parts = list(segments)
+    drawn = (
+        None if options.logprobs is None else [pair for part in parts for pair in _drawn(part, options) or ()]
+    )
+    return "".join(part.text for part in parts), drawn, parts[-1]

@@ -1,0 +1,35 @@
+"""Model families: one file each, named as general.architecture says; a new file is a new family.
+
+A file has hparams(file) -> HParams and build(builder, hparams, weights) -> Program.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+from pyinfer.errors import UnsupportedError
+from pyinfer.gguf_file import GGUFFile
+from pyinfer.models.hparams import HParams
+from pyinfer.program.builder import Builder, Weights
+from pyinfer.program.program import Program
+
+
+def names() -> list[str]:
+    """Architectures that can be run."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "hparams")
+
+
+def build_program(file: GGUFFile) -> tuple[HParams, Program]:
+    """Hyperparameters and program of an open file. Raises UnsupportedError that lists the known architectures."""
+    architecture = file.architecture
+    if architecture not in names():
+        raise UnsupportedError(f"{file.path}: architecture {architecture!r} is not supported; supported are {', '.join(names())}")
+    family = import_module(f"pyinfer.models.{architecture}")
+    hp = family.hparams(file)
+    return hp, family.build(Builder(file), hp, Weights(file))
+
+
+def program_text(file: GGUFFile) -> str:
+    """The program of an open file, one operation per line."""
+    return str(build_program(file)[1])

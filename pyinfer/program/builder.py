@@ -1,0 +1,125 @@
+"""The op vocabulary as a family writes it; every shape is checked here, once, against the file.
+
+Source: the vocabulary follows ggml's graph functions and the llama.cpp tensor names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyinfer import names
+from pyinfer.errors import FormatError, UnsupportedError
+from pyinfer.gguf_file import GGUFFile, Tensor
+from pyinfer.program.program import Cache, Op, Program, Value
+from pyinfer.program.rope import Rope
+
+MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
+
+
+class Weight:
+    """A matrix or vector of the file with its bias, if it has one."""
+
+    def __init__(self, file: GGUFFile, name: str, block: int | None = None) -> None:
+        full = names.weight(name, block)
+        if full not in file.tensors:
+            raise FormatError(f"{file.path}: tensor {full} is missing, architecture {file.architecture} needs it")
+        self.tensor = file.tensors[full]
+        self.bias = file.tensors.get(names.bias(name, block))
+
+
+class Weights:
+    """The tensors of a model, or of one block, by their names on disk: `w.token_embd`, `w.layers[3].attn_q`."""
+
+    def __init__(self, file: GGUFFile, block: int | None = None) -> None:
+        self._file, self._block = file, block
+
+    def __getattr__(self, name: str) -> Weight:
+        return Weight(self._file, name, self._block)
+
+    def has(self, name: str) -> bool:
+        return names.weight(name, self._block) in self._file.tensors
+
+    def layers(self, count: int) -> list[Weights]:
+        return [Weights(self._file, block) for block in range(count)]
+
+
+class Builder:
+    """Collects operations; see `pyinfer.program.program.Op` for what each means."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+        self._ops: list[Op] = []
+        self._values = 0
+        self._cache: Cache | None = None
+
+    def _emit(self, name: str, inputs: tuple[Value, ...], width: int | None, weight: Weight | None = None, **params: Any) -> Value:
+        output = None
+        if width is not None:
+            output = Value(self._values, width)
+            self._values += 1
+        tensor, bias = (weight.tensor, weight.bias) if weight else (None, None)
+        self._ops.append(Op(name, inputs, output, tensor, bias, params))
+        return output  # type: ignore[return-value]  # only `store` has none, and its method drops it
+
+    def _check(self, tensor: Tensor, expected: tuple[int, ...], what: str) -> None:
+        found = tensor.shape
+        while len(found) > len(expected) and found[-1] == 1:
+            found = found[:-1]
+        if found != expected:
+            raise FormatError(f"{self._file.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} ({what})")
+
+    def _vector(self, tensor: Tensor | None, length: int, what: str) -> None:
+        if tensor is None:
+            return
+        self._check(tensor, (length,), what)
+        if tensor.type not in (names.GGMLType.F32, names.GGMLType.F16, names.GGMLType.BF16):
+            raise UnsupportedError(f"{self._file.path}: {tensor.name} is {tensor.type.name}, vectors are F32, F16 or BF16")
+
+    def embed(self, weight: Weight, width: int, scale: float = 1.0) -> Value:
+        vocabulary = weight.tensor.rows
+        self._check(weight.tensor, (width, vocabulary), "embedding_length, vocabulary")
+        return self._emit("embed", (), width, weight, scale=scale)
+
+    def rms_norm(self, x: Value, weight: Weight, epsilon: float, heads: int = 1) -> Value:
+        self._vector(weight.tensor, x.width // heads, "one number per element")
+        return self._emit("rms_norm", (x,), x.width, weight, epsilon=epsilon, heads=heads)
+
+    def linear(self, x: Value, weight: Weight, width: int) -> Value:
+        """`width` is the number of outputs that the family expects."""
+        self._check(weight.tensor, (x.width, width), "inputs, outputs")
+        if x.width > MOST_COLUMNS:
+            raise UnsupportedError(f"{self._file.path}: {weight.tensor.name} has {x.width} columns, at most {MOST_COLUMNS} are supported")
+        self._vector(weight.bias, width, "one bias per output")
+        return self._emit("linear", (x,), width, weight)
+
+    def rope(self, x: Value, rope: Rope, heads: int) -> Value:
+        return self._emit("rope", (x,), x.width, rope=rope, heads=heads)
+
+    def attend(self, layer: int, q: Value, k: Value, v: Value, *, heads: int, kv_heads: int, scale: float, window: int = 0) -> Value:
+        """Store k and v of this step, then attend to everything stored; window > 0 limits the view."""
+        head_size = q.width // heads
+        if self._cache is not None and (self._cache.kv_heads, self._cache.head_size) != (kv_heads, head_size):
+            raise UnsupportedError(f"{self._file.path}: layer {layer} has another KV head shape than the layers before")
+        self._cache = Cache(max(layer + 1, self._cache.layers if self._cache else 0), kv_heads, head_size)
+        self._emit("store", (k, v), None, layer=layer, kv_heads=kv_heads)
+        return self._emit("attend", (q,), q.width, layer=layer, heads=heads, kv_heads=kv_heads, head_size=head_size, scale=scale,
+                          window=window)  # fmt: skip
+
+    def gate(self, activation: str, g: Value, u: Value) -> Value:
+        return self._emit("gate", (g, u), g.width, activation=activation)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self._emit("add", (a, b), a.width)
+
+    def ffn(self, x: Value, layer: Weights, activation: str, width: int) -> Value:
+        """A gated feed-forward layer: down(activation(gate x) * up x). Dense here; placement is decided in this one method."""
+        g, u = self.linear(x, layer.ffn_gate, width), self.linear(x, layer.ffn_up, width)
+        return self.linear(self.gate(activation, g, u), layer.ffn_down, x.width)
+
+    def select(self, x: Value) -> Value:
+        return self._emit("select", (x,), x.width)
+
+    def finish(self, logits: Value) -> Program:
+        if self._cache is None or self._ops[-1].output != logits or self._ops[-1].name != "linear":
+            raise AssertionError("a program attends at least once and ends with the linear that makes the logits")
+        return Program(tuple(self._ops), self._cache, logits.width)

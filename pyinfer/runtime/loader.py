@@ -1,0 +1,59 @@
+"""Open a model: file, hyperparameters, program, tokenizer, and weights in runtime layouts."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from pyinfer import config
+from pyinfer.cpu.weights import Progress, Weights
+from pyinfer.gguf_file import GGUFFile, open_gguf
+from pyinfer.jit.team import Team
+from pyinfer.models import build_program
+from pyinfer.text.tokenizer import Tokenizer
+
+
+def default_threads() -> int:
+    """PYINFER_THREADS, or the processors that this process may use."""
+    asked = config.threads()
+    if asked is not None:
+        return asked
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+class Model:
+    """An open model; sessions share it. Close it after them."""
+
+    def __init__(self, file: GGUFFile, team: Team, progress: Progress | None = None) -> None:
+        self.file = file
+        self.hparams, self.program = build_program(file)
+        self.weights = Weights(self.program, file, team, progress)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_metadata(self.file.metadata)
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def load_model(path: str | Path, *, progress: Progress | None = None) -> Model:
+    """Read a GGUF file. Raises FormatError, UnsupportedError, ModelNotFoundError or CapacityError; progress(done, total) in bytes."""
+    file = open_gguf(path)
+    team = Team(default_threads())
+    try:
+        return Model(file, team, progress)
+    except BaseException:
+        file.close()
+        raise
+    finally:
+        team.close()

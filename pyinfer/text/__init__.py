@@ -1,0 +1,1 @@
+"""Text in and out: tokens from GGUF metadata, streaming detokenization, chat templates."""
