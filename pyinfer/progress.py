@@ -63,9 +63,9 @@ class Progress:
             return
         self._next = now + (REDRAW_SECONDS if self._on_terminal else LINE_SECONDS)
         if self._on_terminal:
-            self._redraw(self._text(done, total, now - self._began, bar=True))
+            self._redraw(done, total, now - self._began)
         else:
-            self._write(self._text(done, total, now - self._began, bar=False) + "\n")
+            self._write(self._text(done, total, now - self._began) + "\n")
 
     def close(self) -> None:
         """Erase the line. Afterwards it may be used again for other work."""
@@ -79,26 +79,27 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _text(self, done: int, total: int, seconds: float, *, bar: bool) -> str:
+    def _text(self, done: int, total: int, seconds: float, *, columns: int = 0) -> str:
+        """What to show; with a bar where `columns` have room for one."""
         rate = (done - self._first_done) / seconds if seconds > 0 else 0.0
-        parts = [self._label]
+        parts = [format_amount(done, self._unit)]
+        fraction = min(done / total, 1.0) if total > 0 else 0.0
         if total > 0:
-            fraction = min(done / total, 1.0)
-            if bar:
-                filled = int(fraction * BAR_CHARACTERS)
-                parts.append("[" + "#" * filled + "." * (BAR_CHARACTERS - filled) + "]")
-            parts.append(f"{int(fraction * 100):3d} %")
-            parts.append(f"{format_amount(done, self._unit)} of {format_amount(total, self._unit)}")
-        else:
-            parts.append(format_amount(done, self._unit))
+            amount = parts[0] if self._unit == "bytes" else str(done)
+            parts = [f"{int(fraction * 100):3d} %", f"{amount} of {format_amount(total, self._unit)}"]
         if rate > 0:
             parts.append(f"{format_amount(rate, self._unit)}/s")
             if total > done:
                 parts.append(f"{format_seconds((total - done) / rate)} left")
-        return "  ".join(parts)
+        room = min(BAR_CHARACTERS, columns - len("  ".join([self._label, *parts])) - len("  []"))
+        if total > 0 and room >= BAR_CHARACTERS // 4:
+            filled = int(fraction * room)
+            parts.insert(0, "[" + "#" * filled + "." * (room - filled) + "]")
+        return "  ".join([self._label, *parts])
 
-    def _redraw(self, text: str) -> None:
-        text = text[: self._columns() - 1]  # a full line would wrap
+    def _redraw(self, done: int, total: int, seconds: float) -> None:
+        columns = self._columns() - 1  # a full line would wrap
+        text = self._text(done, total, seconds, columns=columns)[:columns]
         self._write("\r" + text + " " * max(0, self._width - len(text)))
         self._width = len(text)
 

@@ -325,6 +325,6 @@ class Lowering:
         if value.index not in self._prepared:
             capacity = 1 if self._single else -(-self._capacity[self._count] // 8) * 8
             out = self._new(linear.prepared_bytes(value.width, capacity), 0, shared=False)
-            self._row_op(rows.quantize, value.width, [x], out)
+            self._row_op(rows.quantize, value.width, [x], out, TILE=self._tile[self._count])
             self._prepared[value.index] = out
         return self._prepared[value.index]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from numpy import float32, int8, int32, sqrt, uint32
+from numpy import float32, int32, sqrt, uint32
 
 from pyinfer.cpu.math import gelu, relu, silu
 from pyinfer.cpu.step import POSITIONS, TOKENS, WANTED_ROWS
@@ -19,11 +19,18 @@ from pyinfer.jit.memory import (
     f32_at,
     float_to_half,
     half_to_float,
-    i8_at,
     i32_at,
     i64_at,
-    round_half_even,
     u16_at,
+)
+from pyinfer.jit.simd import (
+    largest_of_32,
+    load_f32x16,
+    mul_f32x16,
+    round_i32x16,
+    splat_f32x16,
+    store_i8x16,
+    sum_i32x16,
 )
 from pyinfer.quants import panels
 from pyinfer.quants.panels import PANEL_ROWS, Layout
@@ -34,6 +41,7 @@ FIRST_EXTRA = 11
 OPERANDS = 18
 WEIGHT, EPSILON, HEADS = 11, 12, 13  # rms_norm; EPSILON is the address of a float32
 TABLE, HEAD_SIZE, ROTATED, NEOX, ROPE_HEADS = 11, 12, 13, 14, 15  # rope
+TILE = 11  # quantize
 PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE = 11, 12, 13, 14, 15, 16  # embed; SCALE is the address of a float32
 
 
@@ -123,7 +131,7 @@ def quantize(operands, step, first, last, thread):
     The scale is rounded to a half, as llama.cpp's Q8_0 does, so that results are comparable to the last bits. OUT_STRIDE is unused.
     """
     given = i64_at(operands)
-    stride = i64_at(step)[given[COUNT] + 1]
+    stride, tile = i64_at(step)[given[COUNT] + 1], given[TILE]
     groups = given[WIDTH] // 32
     out = given[OUT] + thread * given[OUT_PRIVATE]
     scales = out + groups * 32 * stride
@@ -132,30 +140,23 @@ def quantize(operands, step, first, last, thread):
     halves, halves_scaled = i32_at(scales + 3 * part), f32_at(scales + 5 * part)
     for row in range(first, last):
         source = _row(given, IN, row, thread)
+        first_of_tile = row // tile * tile
         for g in range(groups):
-            x = f32_at(source + 128 * g)
-            largest = float32(0)
-            for i in range(32):
-                largest = max(largest, abs(x[i]))
-            inverse = float32(127) / largest if largest > float32(0) else float32(0)
+            x, y = load_f32x16(source + 128 * g), load_f32x16(source + 128 * g + 64)
+            largest = largest_of_32(x, y)
+            inverse = splat_f32x16(float32(127) / largest if largest > float32(0) else float32(0))
             scale = half_to_float(float_to_half(largest / float32(127)))
-            at = g * stride + row
-            codes = i8_at(out + 32 * at)
-            low, high = int32(0), int32(0)
-            for i in range(16):
-                code = int32(round_half_even(x[i] * inverse))
-                codes[i] = int8(code)
-                low = int32(low + code)
-            for i in range(16, 32):
-                code = int32(round_half_even(x[i] * inverse))
-                codes[i] = int8(code)
-                high = int32(high + code)
+            at = first_of_tile * groups + g * tile + row - first_of_tile
+            x_codes, y_codes = round_i32x16(mul_f32x16(x, inverse)), round_i32x16(mul_f32x16(y, inverse))
+            store_i8x16(out + 32 * at, x_codes)
+            store_i8x16(out + 32 * at + 16, y_codes)
+            low, high = sum_i32x16(x_codes), sum_i32x16(y_codes)
             scale_at[at] = scale
             sums[at] = int32(-8 * (low + high))
             sums_scaled[at] = scale * float32(low + high)
-            pair = 2 * g * stride + row
-            halves[pair], halves[pair + stride] = int32(-8 * low), int32(-8 * high)
-            halves_scaled[pair], halves_scaled[pair + stride] = scale * float32(low), scale * float32(high)
+            pair = 2 * at - (row - first_of_tile)
+            halves[pair], halves[pair + tile] = int32(-8 * low), int32(-8 * high)
+            halves_scaled[pair], halves_scaled[pair + tile] = scale * float32(low), scale * float32(high)
 
 
 @kernel

@@ -266,6 +266,37 @@ def sum_f32x16(typingctx, value):
     return _word(types.float32, generate, f32x16)
 
 
+@intrinsic
+def largest_of_32(typingctx, a, b):
+    """The largest magnitude among the lanes of two vectors."""
+
+    def generate(builder, x, y):
+        x, y = (call(builder, "llvm.fabs.v16f32", v.type, v) for v in (x, y))
+        both = call(builder, "llvm.maxnum.v16f32", x.type, x, y)
+        return call(builder, "llvm.vector.reduce.fmax.v16f32", F32, both)
+
+    return _word(types.float32, generate, f32x16, f32x16)
+
+
+@intrinsic
+def round_i32x16(typingctx, value):
+    """Nearest integers, ties to even."""
+    return _word(
+        i32x16, lambda b, v: b.fptosi(call(b, "llvm.roundeven.v16f32", v.type, v), i32x16.llvm), f32x16
+    )
+
+
+@intrinsic
+def sum_i32x16(typingctx, value):
+    return _word(types.int32, lambda b, v: call(b, "llvm.vector.reduce.add.v16i32", I32, v), i32x16)
+
+
+@intrinsic
+def store_i8x16(typingctx, address, value):
+    """Write the low bytes of 16 integers."""
+    return _word(types.void, lambda b, a, v: store(b, b.trunc(v, ir.VectorType(I8, 16)), a), types.int64, i32x16)
+
+
 # ---- tiles: T tokens at once ----------------------------------------------------------------------------------------
 
 

@@ -18,17 +18,17 @@ class Turns:
             threading.Condition()
         )  # re-entrant: the garbage collector may give back inside of take
         self._holder: object = None
-        self._paused_in: int | None = None  # thread that last ran the holder, while it is paused
+        self._paused_in: threading.Thread | None = None  # thread that last ran the holder, while it is paused
 
     def take(self, turn: object, *, from_any_paused: bool = False) -> None:
         """Wait for the turn; at once when `turn` already has it."""
-        thread = threading.get_ident()
+        thread = threading.current_thread()
         with self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._holder is None
                     or self._holder is turn
-                    or self._paused_in == thread
+                    or self._paused_in is thread
                     or (from_any_paused and self._paused_in is not None)
                 )
             )
@@ -38,7 +38,7 @@ class Turns:
         """Keep the turn, but do not use it before the next `take`."""
         with self._changed:
             if self._holder is turn:
-                self._paused_in = threading.get_ident()
+                self._paused_in = threading.current_thread()
                 self._changed.notify_all()
 
     def give_back(self, turn: object) -> None:

@@ -1,0 +1,394 @@
+"""`pyinfer-generate` over the toy model:
+
+what goes to which stream, exit codes, interrupts, and the lazy start.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from toy_engine import CHATML, END, VOCABULARY, hashed, scripted, toy_llama, toy_tokenizer
+
+from pyinfer.cli import SAMPLING, main
+from pyinfer.errors import ModelNotFoundError
+from pyinfer.runtime.sampler import SamplingParams
+
+HERE = Path(__file__).parent
+PATIENCE_SECONDS = 60  # only reached when something is wrong
+
+
+def invoke(arguments, rule=None, *, stdin="", template=CHATML, llms=None, **options):
+    """Run the command in this process over a toy model."""
+
+    def open_llama(_):
+        llm = toy_llama(rule or scripted("hello"), tokenizer=toy_tokenizer(template), **options)
+        if llms is not None:
+            llms.append(llm)
+        return llm
+
+    return CliRunner().invoke(main, arguments, obj=open_llama, input=stdin)
+
+
+def shown(llm):
+    return b"".join(bytes([t]) if t < 256 else b"|" for t in llm.session.held[0]).decode()
+
+
+# -- output
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr():
+    result = invoke(["Hi there\n", "--no-chat"])
+    assert result.exit_code == 0
+    assert result.stdout == "hello\n"
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("9 prompt tokens at ")
+    assert ", 5 tokens at " in lines[0] and "first token after" in lines[0]
+
+
+def test_no_second_line_break():
+    def rule(tokens):
+        following = {ord("x"): ord("!"), ord("!"): ord("\n"), ord("\n"): END}[tokens[-1]]
+        return 10 * np.eye(VOCABULARY, dtype=np.float32)[following]
+
+    assert invoke(["x", "--no-chat"], rule).stdout == "!\n"
+
+
+def test_chat_is_the_default_where_the_model_has_a_template():
+    llms = []
+    assert invoke(["Hi", "--system", "be brief"], llms=llms).stdout == "hello\n"
+    assert shown(llms[0]) == "|system\nbe brief|\n|user\nHi|\n|assistant\nhello"
+    assert llms[0].session.closed
+    invoke(["Hi\n"], template=None, llms=llms)
+    assert shown(llms[1]) == "Hi\nhello"
+    invoke(["Hi", "--chat"], template=None, llms=llms)
+    assert "|user\nHi|" in shown(llms[2])
+
+
+def test_json():
+    result = invoke(["Hi\n", "--no-chat", "--json", "-n", "3"])
+    answer = json.loads(result.stdout)
+    assert answer["text"] == "hel"
+    assert answer["tokens"] == list(b"hel")
+    assert answer["finish_reason"] == "length"
+    assert (answer["prompt_tokens"], answer["completion_tokens"]) == (3, 3)
+    assert set(answer["timings"]) == {
+        "load_seconds", "first_token_seconds", "prefill_seconds", "decode_seconds",
+        "prefill_tokens_per_second", "decode_tokens_per_second",
+    }  # fmt: skip
+    assert all(isinstance(value, float) for value in answer["timings"].values())
+
+
+def test_stop_strings():
+    assert invoke(["Hi\n", "--no-chat", "--stop", "zz", "--stop", "lo"]).stdout == "hel\n"
+
+
+def test_sampling_options_reach_the_sampler():
+    def text(*arguments):
+        return invoke(["abc", "--no-chat", "-n", "12", *arguments], hashed).stdout
+
+    assert text("--seed", "3") == text("--seed", "3") != text("--seed", "4")
+    assert text("--temp", "0") == text("--top-k", "1") == text("--top-p", "0") == text("--min-p", "1")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--repeat-penalty=1", "aaaa"),
+        ("--repeat-penalty=2", "abaa"),
+        ("--presence-penalty=1", "abaa"),
+        ("--frequency-penalty=1", "abab"),
+    ],
+)
+def test_penalties_reach_the_sampler(option, expected):
+    logits = np.zeros(VOCABULARY, np.float32)
+    logits[[ord("a"), ord("b")]] = [3.0, 2.5]
+    assert (
+        invoke(["x", "--no-chat", "--temp", "0", "-n", "4", option], lambda _: logits).stdout
+        == expected + "\n"
+    )
+
+
+def test_defaults_are_those_of_the_library():
+    defaults = {option.name: option.default for option in main.params}
+    assert {name: defaults[name] for name in SAMPLING} == {
+        name: getattr(SamplingParams(), name) for name in SAMPLING
+    }
+
+
+def test_verbose_tells_more():
+    stderr = invoke(["Hi", "-v"]).stderr
+    assert "toy.gguf: ready after" in stderr
+    assert "256 tokens of context" in stderr
+    assert "ended by stop" in stderr
+
+
+# -- the prompt
+
+
+@pytest.mark.parametrize("arguments", [["-p", "Hi"], ["Hi"], ["-p", "-"], ["-"], []])
+def test_ways_to_give_a_prompt(arguments):
+    llms = []
+    result = invoke([*arguments, "--no-chat"], stdin="Hi\n", llms=llms)
+    assert result.exit_code == 0
+    assert shown(llms[0]).startswith("Hi")
+    assert llms[0].session.held[0][:3] != list(b"Hi\n")  # the line break of echo is none of the prompt's
+
+
+def test_a_prompt_of_several_lines():
+    llms = []
+    invoke(["--no-chat"], stdin="a\r\nb\n\n", llms=llms)
+    assert shown(llms[0]).startswith("a\nb\n")
+
+
+# -- what goes wrong
+
+
+def one_sentence(result, code):
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.lower().startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("arguments", [["-p", ""], [], ["-"]])
+def test_an_empty_prompt(arguments):
+    assert "the prompt is empty" in one_sentence(invoke(arguments), 1)
+
+
+def test_a_prompt_longer_than_the_context():
+    assert "400 tokens, the context holds 256" in one_sentence(invoke(["x" * 400, "--no-chat"]), 1)
+
+
+def test_nan_logits():
+    result = invoke(["x", "--no-chat"], lambda tokens: hashed(tokens) * float("nan"))
+    assert "nan" in result.stderr.splitlines()[-1]
+    assert result.exit_code == 1
+
+
+def test_no_utf8():
+    assert "not UTF-8 at byte 1" in one_sentence(invoke([], stdin=b"a\xff"), 1)
+
+
+def test_system_message_without_a_chat():
+    assert "--system needs a chat" in one_sentence(invoke(["Hi", "--system", "x", "--no-chat"]), 1)
+
+
+def failing(error):
+    def open_llama(_):
+        raise error
+
+    return open_llama
+
+
+@pytest.mark.parametrize(
+    "error", [ModelNotFoundError("no such model"), OSError("no such model"), MemoryError("no such model")]
+)
+def test_errors_of_the_model_are_one_sentence(error):
+    result = CliRunner().invoke(main, ["Hi"], obj=failing(error))
+    assert one_sentence(result, 1) == "error: no such model"
+    verbose = CliRunner().invoke(main, ["Hi", "-v"], obj=failing(error))
+    assert "Traceback" in verbose.stderr
+    assert verbose.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-n", "x"], ["--nothing"], ["a", "b"], ["a", "-p", "b"], ["--top-k", "1.5"]]
+)
+def test_wrong_usage(arguments):
+    result = invoke(arguments)
+    assert one_sentence(result, 2)
+    assert "Usage:" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--top-p", "3"], ["--temp", "-1"], ["--seed", "-9"], ["--stop", ""]])
+def test_values_out_of_range(arguments):
+    assert "expected" in one_sentence(invoke(["Hi", *arguments]), 1)
+
+
+# -- interrupts
+
+
+def interrupting(after, *, times=1):
+    """Says hello and gets Ctrl-C before the token behind `after` ones."""
+    hello = scripted("hello")
+
+    def rule(tokens):
+        if bytes(t for t in tokens[-after:] if t < 256) == b"hello"[:after]:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return hello(tokens)
+
+    return rule
+
+
+def test_ctrl_c_ends_the_answer_between_two_tokens():
+    before = signal.getsignal(signal.SIGINT)
+    llms = []
+    result = invoke(["x\n", "--no-chat"], interrupting(3), llms=llms)
+    assert result.exit_code == 130
+    assert result.stdout == "hel\n"
+    assert "Traceback" not in result.stderr
+    assert llms[0].session.closed
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_with_json_still_prints_the_object():
+    result = invoke(["x\n", "--no-chat", "--json"], interrupting(3))
+    assert json.loads(result.stdout)["finish_reason"] == "cancelled"
+    assert result.exit_code == 130
+
+
+def test_a_second_ctrl_c_leaves_at_once():
+    llms = []
+    result = invoke(["x\n", "--no-chat"], interrupting(3, times=2), llms=llms)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert llms[0].session.closed
+
+
+def test_ctrl_c_while_the_model_loads():
+    result = CliRunner().invoke(main, ["Hi"], obj=failing(KeyboardInterrupt()))
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+# -- as a process
+
+TOY = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from toy_engine import scripted, toy_llama
+from pyinfer.cli import main
+main(sys.argv[2:], obj=lambda options: toy_llama(scripted("hello " * 2000), n_ctx=20000,
+step_seconds=float(sys.argv[1])))
+"""
+
+
+def toy_process(arguments, seconds=0.0, **options):
+    command = [sys.executable, "-c", TOY, str(HERE), str(seconds), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run_python(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+
+
+def test_help_of_the_module():
+    result = run_python("-m", "pyinfer", "--help")
+    assert result.returncode == 0
+    assert "pyinfer-generate [OPTIONS] [PROMPT]" in result.stdout
+    for option in (
+        "--model",
+        "--prompt",
+        "--max-tokens",
+        "--temp",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--seed",
+    ):
+        assert option in result.stdout
+    for option in (
+        "--threads",
+        "--ctx",
+        "--chat / --no-chat",
+        "--json",
+        "--verbose",
+        "--offline",
+        "--stop",
+        "--system",
+    ):
+        assert option in result.stdout
+
+
+def test_wrong_usage_of_the_module():
+    result = run_python("-m", "pyinfer", "--nothing")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "--nothing" in result.stderr
+
+
+def test_a_missing_file_of_the_module():
+    result = run_python("-m", "pyinfer", "-m", "no such file.gguf", "Hi", "--offline")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "no such file.gguf" in result.stderr
+
+
+@pytest.mark.parametrize("code", ["import pyinfer; pyinfer.FormatError", "import pyinfer.cli"])
+def test_heavy_parts_are_imported_when_they_are_needed(code):
+    heavy = ("numpy", "numba", "tokenizers", "jinja2", "pyinfer.llama")
+    result = run_python("-c", f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])")
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    process = toy_process(["x\n", "--no-chat", "-n", "-1"], 0.001)
+    assert process.stdout.read(5) == b"hello"
+    process.stdout.close()
+    assert process.wait(PATIENCE_SECONDS) == 0
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console, the test run included")
+def test_ctrl_c_from_outside():
+    process = toy_process(["x\n", "--no-chat", "-n", "-1"], 0.001)
+    assert process.stdout.read(5) == b"hello"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    assert stdout.endswith(b"\n")
+    assert b"Traceback" not in stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals in the standard library")
+class TestTerminal:
+    """A person at a terminal:
+
+    standard input is a pseudo-terminal, output is piped so that the streams stay apart.
+    """
+
+    @staticmethod
+    def talk(typed, arguments=(), seconds=0.0):
+        import pty
+
+        person, terminal = pty.openpty()
+        try:
+            with toy_process([*arguments], seconds, stdin=terminal) as process:
+                os.write(person, typed)
+                stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+            return process.returncode, stdout.decode(), stderr.decode()
+        finally:
+            os.close(person)
+            os.close(terminal)
+
+    def test_conversation(self):
+        code, stdout, stderr = self.talk(b"Hi\nMore\n/exit\n", ["-n", "5"])
+        assert code == 0
+        assert stdout == "hello\nhello\n"
+        assert stderr.count("> ") == 3
+        assert "/reset" in stderr
+
+    def test_ctrl_d_leaves(self):
+        assert self.talk(b"Hi\n\x04", ["-n", "5"])[:2] == (0, "hello\n")
+
+    @pytest.mark.parametrize("option", ["--json", "--no-chat"])
+    def test_options_that_need_a_prompt(self, option):
+        code, stdout, stderr = self.talk(b"", [option])
+        assert (code, stdout) == (2, "")
+        assert "need a prompt" in stderr
+
+
+def test_the_command_is_a_click_command():
+    assert isinstance(main, click.Command)
