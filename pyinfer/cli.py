@@ -252,6 +252,13 @@ def _silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _drop_unwritable_output() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, for example: Python would fail again at exit, with a traceback
+        _silence_stdout()
+
+
 def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     """Run and turn everything that can go wrong outside of this program into a sentence and an exit code."""
     with contextlib.suppress(AttributeError):
@@ -268,6 +275,7 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
         if options["verbose"]:
             traceback.print_exc()
         _note(f"error: {error or type(error).__name__}")
+        _drop_unwritable_output()
         return 1
 
 
@@ -294,7 +302,7 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="Ends the answer and is not shown; may be repeated."
 )
-@click.option("-t", "--threads", type=int, help="Threads that compute.  [default: one per physical core]")
+@click.option("-t", "--threads", type=int, help="Threads that compute.  [default: as many as may be used]")
 @click.option("-c", "--ctx", type=int, help="Tokens of context.  [default: the model's, at most 4096]")
 @click.option(
     "--chat/--no-chat", default=None, help="Chat or plain continuation.  [default: as the model is made]"

@@ -39,7 +39,7 @@ class Llama:
 
     model_path : GGUF file (any part of a split one)
     n_ctx : tokens of context, None: the model's, at most 4096
-    n_threads : None: one per physical core;  seed : makes the whole sequence of calls repeatable
+    n_threads : None: as many as this process may use;  seed : makes the whole sequence of calls repeatable
     verbose : accepted for llama-cpp-python's sake, nothing is ever printed
     progress : (bytes done, bytes to do) of loading
 
@@ -73,6 +73,7 @@ class Llama:
             trained = int(model.hparams.context_length)
             if n_ctx is not None and n_ctx > trained:
                 raise InputError(f"n_ctx is {n_ctx}, {model_path} was made for at most {trained}")
+            _ = model.tokenizer  # made at first use; a bad one is found before threads are started
             session = Session(model, min(trained, CONTEXT_TOKENS) if n_ctx is None else int(n_ctx), n_threads)
         except BaseException:
             model.close()
@@ -125,10 +126,7 @@ class Llama:
             raise InputError(f"the model {self.model_path} is closed, expected an open one")
 
     def cancel(self) -> None:
-        """End every generation that has been asked for so far, from any thread;
-
-        they finish with "cancelled".
-        """
+        """From any thread: every generation asked for so far ends, and says "cancelled"."""
         self._cancel_count += 1
 
     def _cancelled(self) -> Callable[[], bool]:
@@ -292,8 +290,7 @@ class Llama:
         logprobs: int | None = None,
         **sampling: Any,
     ) -> dict | Iterator[dict]:
-        """Continue a text (or tokens); a dict, with stream=True an iterator of dicts, of the OpenAI
-        completion shape.
+        """Continue a text or tokens: a dict of OpenAI's shape, with stream=True an iterator of dicts.
 
         max_tokens : None or -1 for as many as the context holds;  stop : texts that end the answer
         echo : put the prompt before the answer
@@ -360,14 +357,12 @@ class Llama:
         return response.whole(written, drawn, last.finish_reason, last.stats)
 
     def _prompt_logprobs(self, tokens: list[int], count: int | None) -> Drawn | None:
-        """Each token of a prompt with its log-probability; the first has none.
-
-        Leaves the prompt in the KV cache.
-        """
+        """Each token of a prompt with its log-probability; it is in the KV cache then."""
         if count is None:
             return None
         drawn: list = [(tokens[0], None)] if tokens else []
         with self._turn():
+            self._cache.check(tokens)
             self._cache.clear()
             for begin in range(0, len(tokens), CHUNK_TOKENS):
                 chunk = tokens[begin : begin + CHUNK_TOKENS]

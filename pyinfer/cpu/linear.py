@@ -35,7 +35,7 @@ from pyinfer.quants.panels import PANEL_ROWS, Layout
 OPERANDS = 13
 
 TOKEN_BLOCK = 64  # tokens of x that stay in the cache while panels pass
-AHEAD_BYTES = 1024  # prefetch distance of one-token kernels: 45.7 GB/s of 46.6 read limit; none 41.8, 4096 39.2
+AHEAD_BYTES = 1024  # prefetch distance of one-token kernels
 
 
 def prepared_bytes(columns: int, rows: int) -> int:
@@ -47,9 +47,9 @@ def prepared_parts(columns: int, rows: int) -> tuple[int, ...]:
     """Byte sizes, after a leading 0, of the parts of quantized activations, all ordered [tile of rows][group][row of the tile]:
 
     int8 [32], float32 scale, int32 -8 sum, float32 scale * sum (per 32 columns), the two sums again per 16. So what one tile of
-    the GEMM reads lies together; [group][row] made rows of a power of two fall into the same cache sets (quantize 3x slower).
+    the GEMM reads lies together (groups are padded to an even number); [group][row] made rows of a power of two fall into the same cache sets (quantize 3x slower).
     """
-    groups = columns // 32
+    groups = -(-columns // 64) * 2
     return (0, groups * rows * 32, groups * rows * 4, groups * rows * 4, groups * rows * 4, groups * rows * 8, groups * rows * 8)
 
 
@@ -63,6 +63,7 @@ def linear(layout: Layout, tile: int) -> Kernel:
 
 def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Kernel:
     group_bytes = 2 * bits * group
+    chunk_bytes = 2 * group_bytes + 64 * (1 + has_minimum)
     halves = 32 // group
 
     @kernel
@@ -70,8 +71,8 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Ker
         given = i64_at(operands)
         words = i64_at(step)
         rows, stride = words[given[COUNT]], words[given[COUNT] + 1]
-        columns = given[COLUMNS]
-        groups = columns // group
+        chunks = (given[COLUMNS] + 2 * group - 1) // (2 * group)
+        columns = 64 * ((given[COLUMNS] + 63) // 64)
         x = given[X] + thread * given[X_PRIVATE]
         x_scale = x + columns * stride
         part = columns // 32 * stride * 4
@@ -81,41 +82,40 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Ker
         residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
         for block in range(0, rows, TOKEN_BLOCK):
             for panel in range(first, last):
-                codes = given[WEIGHT] + panel * given[PANEL_STRIDE]
-                scales = codes + groups * group_bytes
-                minima = scales + groups * 2 * PANEL_ROWS
+                weight = given[WEIGHT] + panel * given[PANEL_STRIDE]
                 for t in range(block, min(block + TOKEN_BLOCK, rows), tile):
                     total = tile_zero(tile)
                     x_tile, scale_tile = x + t * columns, x_scale + t * columns // 8
-                    for g in range(groups):
-                        at_sum = 4 * (t * groups + g * tile)
-                        if has_minimum:
-                            acc = tile_zero_i32(tile)
-                        elif bits == 4:
-                            acc = tile_splat_i32(tile, sums + at_sum, 0)
-                        else:
-                            acc = tile_splat_i32(tile, sums + at_sum, 4)
-                        xg = x_tile + 32 * tile * (g // halves) + g % halves * group
-                        at = codes + g * group_bytes
+                    sum_tile = t * columns // group * 4
+                    for chunk in range(chunks):
+                        at = weight + chunk * chunk_bytes
                         if tile == 1:
-                            for c in range(group_bytes // 64):
+                            for c in range(chunk_bytes // 64):
                                 prefetch(at + AHEAD_BYTES + 64 * c)
-                            prefetch(scales + given[PANEL_STRIDE] + 32 * g)
+                        for half in range(2):
+                            g = 2 * chunk + half
+                            at_sum = sum_tile + 4 * g * tile
                             if has_minimum:
-                                prefetch(minima + given[PANEL_STRIDE] + 32 * g)
-                        if bits == 4:
-                            for c in range(group // 8):
-                                pair = load_u8x64(at + 64 * c)
-                                acc = tile_dot(acc, low_nibbles(pair), xg + 8 * c, 0)
-                                acc = tile_dot(acc, high_nibbles(pair), xg + 8 * c + 4, 0)
-                        else:
-                            for c in range(group // 4):
-                                acc = tile_dot(acc, load_u8x64(at + 64 * c), xg + 4 * c, 1)
-                        scale = load_f16x16(scales + 32 * g)
-                        total = tile_add_scaled(total, acc, scale, scale_tile + 4 * tile * (g // halves))
-                        if has_minimum:
-                            minimum = load_f16x16(minima + 32 * g)
-                            total = tile_add_product(total, minimum, sums_scaled + at_sum, 4)
+                                acc = tile_zero_i32(tile)
+                            elif bits == 4:
+                                acc = tile_splat_i32(tile, sums + at_sum, 0)
+                            else:
+                                acc = tile_splat_i32(tile, sums + at_sum, 4)
+                            xg = x_tile + 32 * tile * (g // halves) + g % halves * group
+                            codes = at + half * group_bytes
+                            if bits == 4:
+                                for c in range(group // 8):
+                                    pair = load_u8x64(codes + 64 * c)
+                                    acc = tile_dot(acc, low_nibbles(pair), xg + 8 * c, 0)
+                                    acc = tile_dot(acc, high_nibbles(pair), xg + 8 * c + 4, 0)
+                            else:
+                                for c in range(group // 4):
+                                    acc = tile_dot(acc, load_u8x64(codes + 64 * c), xg + 4 * c, 1)
+                            scale = load_f16x16(at + 2 * group_bytes + 32 * half)
+                            total = tile_add_scaled(total, acc, scale, scale_tile + 4 * tile * (g // halves))
+                            if has_minimum:
+                                minimum = load_f16x16(at + 2 * group_bytes + 64 + 32 * half)
+                                total = tile_add_product(total, minimum, sums_scaled + at_sum, 4)
                     if given[BIAS] != 0:
                         total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
                     if given[RESIDUAL] != 0:

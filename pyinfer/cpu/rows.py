@@ -132,7 +132,7 @@ def quantize(operands, step, first, last, thread):
     """
     given = i64_at(operands)
     stride, tile = i64_at(step)[given[COUNT] + 1], given[TILE]
-    groups = given[WIDTH] // 32
+    groups = (given[WIDTH] + 63) // 64 * 2  # an odd last group is followed by one of zeros
     out = given[OUT] + thread * given[OUT_PRIVATE]
     scales = out + groups * 32 * stride
     part = groups * stride * 4
@@ -141,7 +141,7 @@ def quantize(operands, step, first, last, thread):
     for row in range(first, last):
         source = _row(given, IN, row, thread)
         first_of_tile = row // tile * tile
-        for g in range(groups):
+        for g in range(given[WIDTH] // 32):
             x, y = load_f32x16(source + 128 * g), load_f32x16(source + 128 * g + 64)
             largest = largest_of_32(x, y)
             inverse = splat_f32x16(float32(127) / largest if largest > float32(0) else float32(0))
@@ -157,6 +157,12 @@ def quantize(operands, step, first, last, thread):
             pair = 2 * at - (row - first_of_tile)
             halves[pair], halves[pair + tile] = int32(-8 * low), int32(-8 * high)
             halves_scaled[pair], halves_scaled[pair + tile] = scale * float32(low), scale * float32(high)
+        if groups * 32 > given[WIDTH]:
+            at = first_of_tile * groups + (groups - 1) * tile + row - first_of_tile
+            pair = 2 * at - (row - first_of_tile)
+            scale_at[at], sums[at], sums_scaled[at] = float32(0), int32(0), float32(0)
+            halves[pair], halves[pair + tile] = int32(0), int32(0)
+            halves_scaled[pair], halves_scaled[pair + tile] = float32(0), float32(0)
 
 
 @kernel
@@ -197,7 +203,6 @@ def embed(layout: Layout) -> Kernel:
 
 def _embed_kernel(kind: int, bits: int, group: int, has_minimum: int) -> Kernel:
     zero = 0 if has_minimum else 8 if bits == 4 else 128
-    group_bytes = 2 * bits * group
 
     @kernel
     def embed_rows(operands, step, first, last, thread):
@@ -208,16 +213,13 @@ def _embed_kernel(kind: int, bits: int, group: int, has_minimum: int) -> Kernel:
         pack = i64_at(panel + given[PANEL_BYTES])
         pack[panels.TARGET], pack[panels.ROWS] = panel, 1
         pack[panels.COLUMNS], pack[panels.PANEL_STRIDE] = columns, given[PANEL_BYTES]
-        groups = columns // group
-        scales = u16_at(panel + groups * group_bytes)
-        minima = u16_at(panel + groups * (group_bytes + 2 * PANEL_ROWS))
         for row in range(first, last):
             pack[panels.SOURCE] = given[DATA] + tokens[row] * given[ROW_BYTES]
             call_kernel(given[PACK], panel + given[PANEL_BYTES], step, 0, 1, thread)
             out = f32_at(_row(given, OUT, row, thread))
             for c in range(columns):
                 if kind == 0:
-                    out[c] = scale * _coded(panel, scales, minima, c, bits, group, zero, has_minimum)
+                    out[c] = scale * _coded(panel, c, bits, group, zero, has_minimum)
                 else:
                     out[c] = scale * _float_of(kind, panel, c * PANEL_ROWS)
 
@@ -225,16 +227,19 @@ def _embed_kernel(kind: int, bits: int, group: int, has_minimum: int) -> Kernel:
 
 
 @inline
-def _coded(panel, scales, minima, column, bits, group, zero, has_minimum):
+def _coded(panel, column, bits, group, zero, has_minimum):
     """Row 0 of a panel at a column: see pyinfer.quants.panels."""
-    from_quad = column // 4
+    group_bytes = 2 * bits * group
+    g = column // group
+    chunk = panel + g // 2 * (2 * group_bytes + 64 * (1 + has_minimum))
+    codes, quad = chunk + g % 2 * group_bytes, column % group // 4
     if bits == 4:
-        code = i64_at(panel + 64 * (from_quad // 2))[0] >> (8 * (column % 4) + 4 * (from_quad % 2)) & 15
+        code = i64_at(codes + 64 * (quad // 2))[0] >> (8 * (column % 4) + 4 * (quad % 2)) & 15
     else:
-        code = i64_at(panel + 64 * from_quad)[0] >> (8 * (column % 4)) & 255
-    at = column // group * PANEL_ROWS
-    value = half_to_float(scales[at]) * float32(code - zero)
-    return value + half_to_float(minima[at]) if has_minimum else value
+        code = i64_at(codes + 64 * quad)[0] >> (8 * (column % 4)) & 255
+    halves = u16_at(chunk + 2 * group_bytes + 32 * (g % 2))
+    value = half_to_float(halves[0]) * float32(code - zero)
+    return value + half_to_float(halves[32]) if has_minimum else value
 
 
 @inline
@@ -243,4 +248,4 @@ def _float_of(kind, panel, at):
         return f32_at(panel)[at]
     if kind == 2:
         return half_to_float(u16_at(panel)[at])
-    return bits_to_float(uint32(u16_at(panel)[at]) << uint32(16))
+    return bits_to_float(uint32(uint32(u16_at(panel)[at]) << 16))

@@ -18,7 +18,7 @@ from pyinfer.program.rope import Rope
 
 LAYERS_PER_GLOBAL = 6
 LOCAL_FREQ_BASE = 10000.0
-QUERY_SCALE_27B = 168.0  # query_pre_attn_scalar of the 62-layer model: width / heads, not the head size
+BLOCKS_27B = 62  # the one size whose queries are scaled by width / heads, not by the head size; no key says so
 
 
 def hparams(file: GGUFFile) -> HParams:
@@ -31,7 +31,7 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
     heads, kv_heads, size, epsilon = hp.head_count, hp.head_count_kv, hp.key_length, hp.layer_norm_rms_epsilon
     local = Rope(hp.rope.dimension_count, LOCAL_FREQ_BASE, neox=True)
     everywhere = replace(hp.rope, attn_factor=1.0)
-    scale = (QUERY_SCALE_27B if hp.block_count == 62 else size) ** -0.5
+    scale = (hp.embedding_length / heads if hp.block_count == BLOCKS_27B else size) ** -0.5
     x = b.embed(w.token_embd, hp.embedding_length, sqrt(hp.embedding_length))
     for index, layer in enumerate(w.layers(hp.block_count)):
         is_global = index % LAYERS_PER_GLOBAL == LAYERS_PER_GLOBAL - 1

@@ -1,16 +1,17 @@
 """The runtime layouts: what every GGUF tensor type is unpacked to, so that kernels are few and types are many.
 
-A matrix [rows, columns] is cut into *panels* of 16 rows. A quantized panel holds, each part contiguous and ordered by column:
+A matrix [rows, columns] is cut into *panels* of 16 rows, and a quantized panel into *chunks* of two groups of columns. A chunk holds
 
-    codes   per group of columns, per pair of quads (2 x 4 columns), 64 bytes: row r's four codes at bytes 4r..4r+3; 8-bit codes take
-            64 bytes per quad, 4-bit codes share them: the first quad in the low nibbles, the second in the high ones
-    scales  16 halves per group, row by row
-    minima  16 halves per group, when the layout has them
+    codes   group by group, per pair of quads (2 x 4 columns) 64 bytes: row r's four codes at bytes 4r..4r+3; 8-bit codes take 64 bytes
+            per quad, 4-bit codes share them: the first quad in the low nibbles, the second in the high ones
+    scales  2 x 16 halves: group by group, row by row
+    minima  2 x 16 halves, when the layout has them
 
     value = scale * (code - zero) + minimum        zero: 8 for 4 bits, 128 for 8 bits, 0 with a minimum
 
-So one 64-byte load times four activations in all lanes is a step for 16 rows at once (one vpdpbusd), for one token or many. A float
-panel is [columns][16] numbers. Rows are padded with zeros to 16; panels begin at multiples of 64 bytes.
+So one 64-byte load times four activations in all lanes is a step for 16 rows at once (one vpdpbusd), for one token or many, and a panel is one stream of whole
+cache lines (scales apart from codes: 22 instead of 30 GB/s per thread). A float panel is [columns][16] numbers. Rows are padded with zeros
+to 16, groups to an even number; panels begin at multiples of 64 bytes.
 
 K-quants multiply a half by a 4 to 8 bit integer to get the scale of a group; here the product is rounded to a half (relative 2^-11).
 """
@@ -40,11 +41,18 @@ class Layout:
     def is_float(self) -> bool:
         return self.group == 1
 
+    @property
+    def chunk_bytes(self) -> int:
+        return 4 * self.bits * self.group + 64 * (1 + self.has_minimum)
+
+    def chunks(self, columns: int) -> int:
+        return -(-columns // (2 * self.group))
+
     def panel_bytes(self, columns: int) -> int:
         """Bytes from one panel to the next."""
-        codes = columns * PANEL_ROWS * self.bits // 8
-        scales = 0 if self.is_float else columns // self.group * PANEL_ROWS * 2 * (1 + self.has_minimum)
-        return (codes + scales + 63) // 64 * 64
+        if self.is_float:
+            return (columns * PANEL_ROWS * self.bits // 8 + 63) // 64 * 64
+        return self.chunks(columns) * self.chunk_bytes
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
         return panels_of(rows) * self.panel_bytes(columns)
@@ -82,21 +90,20 @@ def pack_codes(quad, scale, minimum, shape, operands, first, last):
     given = i64_at(operands)
     rows, columns = given[ROWS], given[COLUMNS]
     row_bytes = columns // block * block_bytes
-    groups = columns // group
-    code_bytes = 2 * bits * group  # of one group of one panel
+    group_bytes = 2 * bits * group
+    chunk_bytes = 2 * group_bytes + (64 if minimum is None else 128)
     for panel in range(first, last):
-        codes = given[TARGET] + panel * given[PANEL_STRIDE]
-        scales = u16_at(codes + groups * code_bytes)
-        minima = u16_at(codes + groups * code_bytes + groups * 2 * PANEL_ROWS)
         for r in range(min(PANEL_ROWS, rows - panel * PANEL_ROWS)):
             source = given[SOURCE] + (panel * PANEL_ROWS + r) * row_bytes
             for b in range(columns // block):
                 for g in range(block // group):
                     at = b * (block // group) + g
-                    _pack_group(quad, source, g, bits, group, codes + at * code_bytes + 4 * r)
-                    scales[at * PANEL_ROWS + r] = float_to_half(scale(source, g))
+                    chunk = given[TARGET] + panel * given[PANEL_STRIDE] + at // 2 * chunk_bytes
+                    _pack_group(quad, source, g, bits, group, chunk + at % 2 * group_bytes + 4 * r)
+                    halves = u16_at(chunk + 2 * group_bytes + 32 * (at % 2))
+                    halves[r] = float_to_half(scale(source, g))
                     if minimum is not None:
-                        minima[at * PANEL_ROWS + r] = float_to_half(minimum(source, g))
+                        halves[32 + r] = float_to_half(minimum(source, g))
                 source += block_bytes
 
 
@@ -141,20 +148,21 @@ def values(layout: Layout, panels: np.ndarray, rows: int, columns: int) -> np.nd
             flat = raw.view(np.float16 if layout.name == "f16" else np.float32)
         full = flat.reshape(count, columns, PANEL_ROWS).transpose(0, 2, 1)
     else:
-        groups = columns // layout.group
-        code_bytes, half_bytes = columns * PANEL_ROWS * layout.bits // 8, groups * PANEL_ROWS * 2
-        codes = panel[:, :code_bytes]
+        chunks = panel.reshape(count, -1, layout.chunk_bytes)
+        code_bytes = 4 * layout.bits * layout.group
+        codes = chunks[:, :, :code_bytes].reshape(count, -1, 64)
         if layout.bits == 4:
-            codes = np.stack([codes.reshape(count, -1, 64) & 15, codes.reshape(count, -1, 64) >> 4], 2)
-        codes = codes.reshape(count, groups, layout.group // 4, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
-        codes = codes.reshape(count, PANEL_ROWS, groups, layout.group).astype(np.float64)
+            codes = np.stack([codes & 15, codes >> 4], 2)
+        codes = codes.reshape(count, -1, layout.group // 4, PANEL_ROWS, 4).transpose(0, 3, 1, 2, 4)
+        codes = codes.reshape(count, PANEL_ROWS, -1, layout.group).astype(np.float64)
 
         def halves(start):
-            part = np.ascontiguousarray(panel[:, start : start + half_bytes]).view(np.float16)
-            return part.reshape(count, groups, PANEL_ROWS, 1).transpose(0, 2, 1, 3).astype(np.float64)
+            part = np.ascontiguousarray(chunks[:, :, start : start + 64]).view(np.float16)
+            return part.reshape(count, -1, PANEL_ROWS, 1).transpose(0, 2, 1, 3).astype(np.float64)
 
         zero = 0 if layout.has_minimum else 8 if layout.bits == 4 else 128
         full = (codes - zero) * halves(code_bytes)
         if layout.has_minimum:
-            full = full + halves(code_bytes + half_bytes)
+            full = full + halves(code_bytes + 64)
+        full = full.reshape(count, PANEL_ROWS, -1)[:, :, :columns]
     return full.reshape(count * PANEL_ROWS, columns)[:rows].astype(np.float64)

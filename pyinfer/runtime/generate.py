@@ -61,10 +61,7 @@ class CachedSequence:
         self.tokens, self.logits, self._writer = [], None, None
 
     def reusable(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens need not be computed;
-
-        all of them only when their logits are still there.
-        """
+        """How many leading tokens need not be computed; the last one only if its logits are there."""
         if self.session.length(self.sequence) != len(self.tokens):  # somebody used the session past us
             self.clear()
         limit = min(len(tokens), len(self.tokens))
@@ -80,7 +77,7 @@ class CachedSequence:
 
         Raises InputError without tokens or for an unknown token, ContextFullError when they do not fit.
         """
-        self._check(tokens)
+        self.check(tokens)
         same = self.reusable(tokens)
         self._writer = None
         if same < len(self.tokens):
@@ -109,11 +106,8 @@ class CachedSequence:
         return self.hold(history, cancelled=cancelled)
 
     def append(self, tokens: Sequence[int], *, all_logits: bool = False) -> np.ndarray:
-        """Compute `tokens` behind those in the cache;
-
-        logits f32 [T, V] with all_logits, else of the last, [1, V].
-        """
-        self._check([*self.tokens, *tokens] if tokens else [])
+        """Compute `tokens` behind those in the cache; all their logits f32 [T, V], or the last [1, V]."""
+        self.check([*self.tokens, *tokens] if tokens else [])
         self._writer = self.logits = None
         logits = self.session.prefill(list(tokens), self.sequence, all_logits=all_logits)
         assert logits is not None, "a prefill that nobody can cancel has logits"
@@ -122,7 +116,8 @@ class CachedSequence:
         self.logits = rows[-1]
         return rows
 
-    def _check(self, tokens: Sequence[int]) -> None:
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises InputError without tokens or for an unknown token, ContextFullError when they do not fit."""
         if not tokens:
             raise InputError("the prompt is empty, expected at least one token")
         n_ctx, n_vocab = self.session.n_ctx, self.session.n_vocab
@@ -178,10 +173,7 @@ def generate_tokens(
 
 @dataclass
 class GenerationStats:
-    """Figures of one generation; they grow while it runs.
-
-    Time that the consumer spends between segments is not in them.
-    """
+    """Figures of one generation; they grow while it runs, without the time that the consumer takes."""
 
     prompt_tokens: int
     reused_tokens: int = 0  # of the prompt, found in the KV cache

@@ -106,7 +106,7 @@ class SamplingParams:
     def from_keywords(cls, keywords: Mapping[str, object]) -> SamplingParams:
         """From the keywords of a call, None meaning the default.
 
-        Raises TypeError for unknown keywords, UnsupportedError for those of other engines; both list the known.
+        Raises TypeError for unknown keywords, UnsupportedError for those of others; both list the known.
         """
         names = [f.name for f in fields(cls)]
         known = ", ".join(names)

@@ -1,10 +1,11 @@
 """How much a chat template may do: the bounds that make a hostile one end soon and in little memory.
 
-A template comes with a model file, so its author is a stranger. Templates have no `while`, but nested loops, macros
-that call themselves and values that double take any time and memory all the same. Hence every operation that
-repeats (loop step, call, filter) or makes a value (concatenation, list, slice) reports here; what is made is paid by
-the character, so all that lives at once is bounded too. Containers carry the weight they would have when written
-out, because `[x, x]` built sixty times is small in memory and without end when printed or compared.
+A template comes with a model file, so its author is a stranger. Templates have no `while`, but nested
+loops, macros that call themselves and values that double take any time and memory all the same. Hence every
+operation that repeats (loop step, call, filter) or makes a value (concatenation, list, slice) reports here;
+what is made is paid by the character, so all that lives at once is bounded too. Containers carry the weight
+they would have when written out, because `[x, x]` built sixty times is small in memory and without end when
+printed or compared.
 
 Nothing here knows jinja2: these are rules about plain values.
 """
@@ -18,19 +19,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 MAX_SOURCE_CHARS = 1 << 17
-MAX_VALUE_CHARS = 1 << 23
+MAX_VALUE_CHARS = 1 << 22
 MAX_TOTAL_CHARS = 1 << 27
-MAX_SECONDS = 2.0
+MAX_SECONDS = 1.5
 MAX_DEPTH = 64
 MAX_RANGE = 100_000
 _MAX_INT_BITS = 4096
 _STEP_COST = 64
-_CHECK_EVERY = 1 << 15
+_CONTAINER_COST = 512
+_CHECK_EVERY = 1 << 12
 
 _STR_METHODS = frozenset(
-    "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric "
-    "isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition "
-    "rsplit rstrip split splitlines startswith strip swapcase title upper".split()
+    str.split(
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit "
+        "islower isnumeric isspace istitle isupper join lower lstrip partition removeprefix "
+        "removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip "
+        "swapcase title upper"
+    )
 )
 _DICT_METHODS = frozenset(("copy", "get", "items", "keys", "values"))
 _LIST_METHODS = frozenset(("copy", "count", "index"))
@@ -38,6 +43,13 @@ _LIST_METHODS = frozenset(("copy", "count", "index"))
 
 class LimitError(Exception):
     """A template wants more than it may have; the text says what."""
+
+
+class Selected(list):
+    """What a filter selects: a list, as chained generators overflow the C stack, but true as they are."""
+
+    def __bool__(self) -> bool:
+        return True
 
 
 class Budget:
@@ -52,8 +64,11 @@ class Budget:
 
     def spend(self, chars: int = 0) -> None:
         """Pays for one step that makes a value of so many characters."""
-        if chars > MAX_VALUE_CHARS:
-            raise LimitError(f"it makes a value of {chars} characters; {MAX_VALUE_CHARS} are allowed")
+        self.check_length(chars)
+        self.pay(chars)
+
+    def pay(self, chars: int) -> None:
+        """Pays for one step that costs as much as so many characters, in whatever pieces."""
         self._left -= chars + _STEP_COST
         if self._left < self._next_check:
             self._next_check = self._left - _CHECK_EVERY
@@ -61,6 +76,11 @@ class Budget:
                 raise LimitError("it takes too many steps")
             if time.thread_time() > self._deadline:
                 raise LimitError(f"it takes longer than {MAX_SECONDS:g} seconds")
+
+    def check_length(self, chars: int) -> None:
+        """Refuses a text of so many characters."""
+        if chars > MAX_VALUE_CHARS:
+            raise LimitError(f"it makes a value of {chars} characters; {MAX_VALUE_CHARS} are allowed")
 
     def step(self, value: Any) -> Any:
         """The value itself, after paying for a step."""
@@ -88,12 +108,14 @@ class Budget:
         """(characters, depth) of a value of plain data when written out; LimitError if that is too much."""
         if isinstance(value, str):
             return len(value) + 2, 0
+        if isinstance(value, int):
+            return 8 + value.bit_length() // 3, 0
         if not isinstance(value, (list, tuple, dict)):
-            return 8, 0
+            return 32, 0
         known = self._weighed.get(id(value))
         if known is not None:
             return known[1], known[2]
-        self.spend()
+        self.spend(_CONTAINER_COST)
         weight, depth = 2, 0
         for child in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
             child_weight, child_depth = self.weigh(child)
@@ -129,20 +151,23 @@ class Budget:
             self.spend(len(left) + len(right))
         elif operator == "*":
             self._check_product(left, right)
-        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() * abs(right) > _MAX_INT_BITS:
-                raise LimitError("it makes a number that is too long")
+        elif operator == "**":
+            bits = left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
+            self._check_bits(bits)
         elif operator == "%" and isinstance(left, str):
             self.check_format(left, right)
         return self.made(operate(left, right))
 
     def _check_product(self, left: Any, right: Any) -> None:
         if isinstance(left, int) and isinstance(right, int):
-            if left.bit_length() + right.bit_length() > _MAX_INT_BITS:
-                raise LimitError("it makes a number that is too long")
+            self._check_bits(left.bit_length() + right.bit_length())
         for sequence, times in ((left, right), (right, left)):
             if isinstance(sequence, (str, list, tuple)) and isinstance(times, int):
                 self.spend(len(sequence) * max(times, 0))
+
+    def _check_bits(self, bits: int) -> None:
+        if bits > _MAX_INT_BITS:
+            raise LimitError(f"it makes a number of {bits} bits; {_MAX_INT_BITS} are allowed")
 
     def check_format(self, template: str, values: Any) -> None:
         """Refuses %-formats that pad without bound."""
@@ -160,7 +185,7 @@ class Budget:
         return self.made(json.dumps(value, indent=indent, **options))
 
     def call_method(self, method: Any, arguments: Sequence[Any]) -> Any:
-        """Calls a method of a plain value, if it is one of those that cannot make a value out of proportion."""
+        """Calls a method of a plain value, if its result is in proportion to what it gets."""
         owner, name = method.__self__, method.__name__
         allowed = {str: _STR_METHODS, dict: _DICT_METHODS, list: _LIST_METHODS, tuple: _LIST_METHODS}
         kind = next((kind for kind in allowed if isinstance(owner, kind)), None)
@@ -170,7 +195,7 @@ class Budget:
             return self.join(self.each(arguments[0]), owner)
         if name == "replace" and 2 <= len(arguments) <= 3:
             return self.replace(owner, *arguments)
-        self.spend(4 * len(owner) if name in ("split", "rsplit", "splitlines") else 0)
+        self.pay(4 * len(owner) if name in ("split", "rsplit", "splitlines") else 0)
         result = method(*arguments)
         # Views print their whole dictionary but have no weight: a list has.
         return self.made(list(result) if name in ("items", "keys", "values") else result)
@@ -184,7 +209,7 @@ class Budget:
 
 
 def plain(value: Any, text: Any = str, depth: int = 0) -> Any:
-    """A copy of JSON-like data, every string passed through `text`; ValueError says what does not belong there."""
+    """A copy of JSON-like data, every string passed through `text`; ValueError says what is none."""
     if isinstance(value, str):
         return text(value)
     if value is None or isinstance(value, (bool, int, float)):

@@ -1,10 +1,11 @@
 """Words to token ids: byte-level BPE and SentencePiece BPE, both by merging neighbours, best pair first.
 
-The dictionaries of the vocabulary are used as they are. Building the merge table of the `tokenizers` library from
-them costs 45 ms for 49k tokens and over a second for a 262k SentencePiece vocabulary, at every start of a program;
-words repeat, so a cache makes the encoding itself as fast.
+The dictionaries of the vocabulary are used as they are. Building the merge table of the `tokenizers`
+library from them costs 45 ms for 49k tokens and over a second for a 262k SentencePiece vocabulary, at every
+start of a program; words repeat, so a cache makes the encoding itself as fast.
 
-Source: Sennrich et al. 2016 (BPE); sentencepiece (bpe_model) and llama.cpp (llama-vocab.cpp) for the order of ties.
+Source: Sennrich et al. 2016 (BPE); sentencepiece (bpe_model) and llama.cpp (llama-vocab.cpp) for the order
+of ties.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class SentencePieceEncoder(_WordEncoder):
         self._unknown_id = vocabulary.unknown_id
         if len(self._bytes) < 256 and self._unknown_id is None:
             raise FormatError(
-                f"{names.TOKENS} has {len(self._bytes)} byte tokens of 256 and {names.UNKNOWN_TOKEN_ID} is missing; "
-                "expected one or the other"
+                f"{names.TOKENS} has {len(self._bytes)} byte tokens of 256 and "
+                f"{names.UNKNOWN_TOKEN_ID} is missing; expected one or the other"
             )
         # If no token has a space after another character, no merge crosses such a place: words can be cached.
         joined = "\0".join(vocabulary.pieces)

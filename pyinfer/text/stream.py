@@ -9,13 +9,14 @@ from collections.abc import Callable
 class StreamDecoder:
     """Turns ids into text as they come: `push` returns what is certain, `finish` the rest.
 
-    A character whose bytes are spread over several tokens is returned whole by the push of its last byte; bytes
-    that are no UTF-8 become U+FFFD. The pushes and the finish joined are the decoded text of all ids.
+    A character whose bytes are spread over several tokens is returned whole by the push of its last byte;
+    bytes that are no UTF-8 become U+FFFD. The pushes and the finish joined are the decoded text of all ids.
     """
 
     def __init__(self, piece: Callable[[int], bytes], space_after: int | None = None):
-        """piece: bytes that a token shows (empty if none); space_after: the token, if it comes first, that the
-        encoder puts a space behind, which is dropped here."""
+        """piece: bytes that a token shows, empty if none. space_after: where this token comes first, the space
+        behind it is the encoder's and is dropped.
+        """
         self._piece = piece
         self._space_after = space_after
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,7 +35,7 @@ class StreamDecoder:
         return self._decoder.decode(piece)
 
     def finish(self) -> str:
-        """What is left when no more tokens come: U+FFFD for an unfinished character. The decoder starts anew."""
+        """What is left when no more tokens come: U+FFFD for an unfinished character. Then it starts anew."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         self._started = self._drops_space = False

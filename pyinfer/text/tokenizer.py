@@ -3,8 +3,8 @@
 Special tokens are cut out of a text first, longest first; what lies between goes to the word encoder of the
 vocabulary's model. The encoder is made at the first use: decoding does not need it.
 
-Source: llama.cpp (llama-vocab.cpp) for the order of these steps and for the space that `llama` vocabularies put in
-front of a text; `tokenizers` cuts words for byte-level vocabularies.
+Source: llama.cpp (llama-vocab.cpp) for the order of these steps and for the space that `llama` vocabularies
+put in front of a text; `tokenizers` cuts words for byte-level vocabularies.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Tokenizer:
     """Tokenizer of one model.
 
-    >>> tokenizer = Tokenizer.from_metadata(file.metadata)                                      # doctest: +SKIP
-    >>> tokenizer.decode(tokenizer.encode("Hello"))                                             # doctest: +SKIP
+    >>> tokenizer = Tokenizer.from_metadata(file.metadata)  # doctest: +SKIP
+    >>> tokenizer.decode(tokenizer.encode("Hello"))  # doctest: +SKIP
     'Hello'
     """
 
@@ -45,7 +45,7 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """From the keys `tokenizer.*` of a GGUF file; FormatError or UnsupportedError names the key at fault."""
+        """From the metadata of a GGUF file; FormatError or UnsupportedError names the key at fault."""
         template = metadata.get(names.CHAT_TEMPLATE)
         if template is not None and not isinstance(template, str):
             raise FormatError(f"{names.CHAT_TEMPLATE} is a {type(template).__name__}; expected a string")
@@ -56,9 +56,9 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a text.
 
-        bos: put the begin token in front; None: begin and end tokens as the model wants. special: texts of control
-        tokens become these tokens; otherwise they stay text. mark: dropped from the text once control tokens are
-        found, so that one with a mark inside stays text.
+        bos: put the begin token in front; None: begin and end tokens as the model wants. special: texts of
+        control tokens become these tokens; otherwise they stay text. mark: dropped from the text once
+        control tokens are found, so that one with a mark inside stays text.
         """
         ids: list[int] = []
         if bos or (bos is None and self.add_bos):
@@ -83,8 +83,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """Text of token ids; special: control tokens show their text instead of nothing.
 
-        The space that encode puts behind a begin token is dropped where ids start with it; ids that do not are
-        taken as the continuation of a text, whose leading space counts.
+        The space that encode puts behind a begin token is dropped where ids start with it; ids that do not
+        are taken as the continuation of a text, whose leading space counts.
         """
         stream = self.stream(special=special)
         return "".join([stream.push(number) for number in ids]) + stream.finish()
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 def _mixed_bytes(text: str) -> bytes:
-    """Bytes of a byte-level token with characters outside of the byte alphabet, which stand for themselves."""
+    """Bytes of a byte-level token with characters outside of the alphabet, which stand for themselves."""
     return b"".join(
         bytes((BYTE_OF_CHAR[ord(char)],)) if ord(char) in BYTE_OF_CHAR else char.encode("utf-8", "replace")
         for char in text

@@ -200,8 +200,8 @@ def _merges(metadata: Mapping[str, object]) -> list[str]:
         raise FormatError(f"{names.MERGES} is missing; a gpt2 vocabulary needs it, convert the model again")
     if not _all_text(merges):
         raise FormatError(f"{names.MERGES} is {_found(merges)}; expected a list of strings")
-    # Counting first: only a list with a fault is looked at one by one. What the merges make is checked when they
-    # are used, since a lookup of each costs 100 ms for Llama 3.
+    # Counting first: only a list with a fault is looked at one by one. What the merges make is checked when
+    # they are used, since a lookup of each costs 100 ms for Llama 3.
     if "".join(merges).count(" ") != len(merges):
         number = next(number for number, merge in enumerate(merges) if merge.count(" ") != 1)
         raise FormatError(

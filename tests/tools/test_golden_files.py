@@ -32,8 +32,10 @@ def test_model_and_logits_belong_together(golden):
     assert stored["tokens"].min() >= 0 and stored["tokens"].max() < golden.config["vocab_size"]
 
 
-def test_greedy_cases_are_whole():
-    made = json.loads((_FOLDER / "smollm2_greedy.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["smollm2_greedy", "smollm2_greedy_exact"])
+def test_greedy_cases_are_whole(name):
+    made = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert made["exact"] == name.endswith("exact")
     assert [case["prompt"] for case in made["cases"]] == PROMPTS
     for case in made["cases"]:
         assert len(case["ids"]) == len(case["gaps"]) == 64

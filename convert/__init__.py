@@ -1,0 +1,1 @@
+"""Making GGUF files that pyinfer runs, from other files of the same model."""

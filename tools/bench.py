@@ -1,0 +1,103 @@
+"""pyinfer-bench: how fast a model runs here, and how much of the machine's memory bandwidth that is."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+from pyinfer_tools.engine import Engine, median, open_session, token_bytes
+from pyinfer_tools.memory import peak_memory_bytes
+
+from pyinfer.errors import PyInferError
+
+_FIRST_PROMPT = 16  # tokens of the prompt whose first token is timed
+_WARM_STEPS = 4
+
+
+def measure(
+    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int
+) -> dict[str, object]:
+    """All figures of one model.
+
+    n_prompt, n_decode : tokens per run, 0 leaves the run out;  batch : sequences decoded together
+    decode_tokens_per_second counts the tokens of all sequences; first_token_seconds runs from the start of
+    loading to the logits behind a prompt of 16 tokens; achieved_bytes_per_second is what decode reads of the
+    file's weights.
+    """
+    start = time.perf_counter()
+    n_ctx = max(n_prompt, n_decode, _FIRST_PROMPT)
+    with open_session(model, n_ctx, threads, batch) as (loaded, session):
+        load_seconds = time.perf_counter() - start
+        engine = Engine(session)
+        engine.prefill_run(_FIRST_PROMPT)
+        first_token_seconds = time.perf_counter() - start
+        figures: dict[str, object] = {
+            "model": model,
+            "threads": session.n_threads,
+            "batch": batch,
+            "load_seconds": load_seconds,
+            "first_token_seconds": first_token_seconds,
+        }
+        if n_prompt:
+            engine.prefill_run(n_prompt)
+            seconds = [engine.prefill_run(n_prompt) for _ in range(repeats)]
+            figures["prefill_tokens_per_second"] = n_prompt / median(seconds)
+        if n_decode:
+            engine.decode_run(min(_WARM_STEPS, n_decode), n_sequences=batch)
+            seconds = [engine.decode_run(n_decode, n_sequences=batch)[1] for _ in range(repeats)]
+            steps_per_second = n_decode / median(seconds)
+            figures["decode_tokens_per_second"] = batch * steps_per_second
+            figures["achieved_bytes_per_second"] = steps_per_second * token_bytes(loaded)
+        figures["peak_memory_bytes"] = peak_memory_bytes()
+        figures["file_bytes"] = loaded.file.file_bytes
+        threads = session.n_threads
+    # Measured after the model is closed, because it needs memory of its own.
+    from pyinfer.jit import read_bandwidth
+
+    figures["read_bandwidth_bytes_per_second"] = read_bandwidth(threads)
+    return figures
+
+
+def report(figures: dict[str, object]) -> str:
+    """The figures as lines for people."""
+    shown = [
+        ("prefill_tokens_per_second", "prefill", 1, "tokens/s"),
+        ("decode_tokens_per_second", "decode", 1, "tokens/s"),
+        ("load_seconds", "load", 1, "s"),
+        ("first_token_seconds", "first token", 1, "s"),
+        ("peak_memory_bytes", "peak memory", 1e6, "MB"),
+        ("file_bytes", "file", 1e6, "MB"),
+        ("achieved_bytes_per_second", "weights read in decode", 1e9, "GB/s"),
+        ("read_bandwidth_bytes_per_second", "machine's read bandwidth", 1e9, "GB/s"),
+    ]
+    lines = [f"{figures['model']}, {figures['threads']} threads, batch {figures['batch']}"]
+    for key, label, divisor, unit in shown:
+        if key in figures:
+            lines.append(f"{label:>25} {figures[key] / divisor:12,.2f} {unit}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("-m", "--model", required=True, help="A GGUF file or the name of a known model.")
+@click.option("--threads", type=click.IntRange(1), help="Threads.  [as pyinfer-generate chooses]")
+@click.option("-p", "n_prompt", type=click.IntRange(0), default=512, show_default=True, help="Prompt tokens.")
+@click.option("-n", "n_decode", type=click.IntRange(0), default=64, show_default=True, help="Decode steps.")
+@click.option(
+    "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs; medians count."
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences per step.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def main(
+    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int, as_json: bool
+) -> None:
+    """Measure prefill, decode, load and memory of a model."""
+    try:
+        figures = measure(model, threads, n_prompt, n_decode, repeats, batch)
+    except PyInferError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(json.dumps(figures) if as_json else report(figures))
+
+
+if __name__ == "__main__":
+    main()
