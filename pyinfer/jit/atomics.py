@@ -15,21 +15,34 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
-YIELD = "pyinfer_yield_processor"
+YIELD, CLOCK = "pyinfer_yield_processor", "pyinfer_clock"
+CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
-def _register_yield() -> None:
-    """Give LLVM the operating system's "let another thread run" under one name on every platform."""
+def _register_symbols() -> None:
+    """Give LLVM the operating system's "let another thread run" and its clock under one name on every platform."""
     if sys.platform == "win32":
-        function = ctypes.windll.kernel32.SwitchToThread
+        kernel32 = ctypes.windll.kernel32
+        functions = {YIELD: kernel32.SwitchToThread, CLOCK: kernel32.QueryPerformanceCounter}
     else:
-        function = ctypes.CDLL(None).sched_yield
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    binding.add_symbol(YIELD, address)
+        libc = ctypes.CDLL(None)
+        functions = {YIELD: libc.sched_yield, CLOCK: libc.clock_gettime}
+    for name, function in functions.items():
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None
+        binding.add_symbol(name, address)
 
 
-_register_yield()
+def _ticks_per_second() -> int:
+    if sys.platform != "win32":
+        return 1_000_000_000
+    frequency = ctypes.c_int64()
+    ctypes.windll.kernel32.QueryPerformanceFrequency(ctypes.byref(frequency))
+    return frequency.value
+
+
+_register_symbols()
+TICKS_PER_SECOND = _ticks_per_second()
 
 
 def _pointer(builder, address):
@@ -113,3 +126,22 @@ def call_kernel(typingctx, address, operands, step, first, last, thread):
         return context.get_dummy_value()
 
     return types.void(*([types.int64] * 6)), generate
+
+
+@intrinsic
+def clock_ticks(typingctx):
+    """The system's monotonic clock, TICKS_PER_SECOND."""
+
+    def generate(context, builder, signature, args):
+        time = cgutils.alloca_once(builder, I64, size=2)
+        if sys.platform == "win32":
+            function = ir.FunctionType(I32, [time.type])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, CLOCK), [time])
+            return builder.load(time)
+        function = ir.FunctionType(I32, [I32, time.type])
+        callee = cgutils.get_or_insert_function(builder.module, function, CLOCK)
+        builder.call(callee, [I32(CLOCK_MONOTONIC), time])
+        seconds, nanoseconds = builder.load(time), builder.load(builder.gep(time, [I64(1)]))
+        return builder.add(builder.mul(seconds, I64(1_000_000_000)), nanoseconds)
+
+    return types.int64(), generate

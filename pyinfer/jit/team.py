@@ -1,8 +1,8 @@
 """A team of threads that runs a whole program in one nogil call and meets at spin barriers.
 
 The caller is thread 0. The others spin between steps for a moment (decode steps follow each other within 0.1 ms), then park on a
-semaphore. Barriers spin, then yield, so that a busy machine slows a team down instead of stopping it; a step in which threads had
-to yield makes the team shrink for a while (`_Size`). Numba's threading layers are not used: a region costs them 1-100 us and
+semaphore. Barriers spin, then yield, so that a busy machine slows a team down instead of stopping it; a step in which threads
+waited for one that did not run makes the team shrink for a while (`_Size`). Numba's threading layers are not used: a region costs them 1-100 us and
 workqueue aborts the process when two threads enter it.
 """
 
@@ -19,6 +19,7 @@ from pyinfer.jit.atomics import (
     atomic_replace,
     atomic_store,
     call_kernel,
+    clock_ticks,
     pause,
     yield_processor,
 )
@@ -26,7 +27,7 @@ from pyinfer.jit.kernel import inline, routine
 from pyinfer.jit.memory import i64_at
 
 # Words of the shared block, one cache line apart: 64 bytes.
-ARRIVED, GENERATION, NEXT_ITEM, JOB, YIELDS, WORKERS = (64 * k for k in range(6))
+ARRIVED, GENERATION, NEXT_ITEM, JOB, WAITED, WORKERS = (64 * k for k in range(6))
 MOST_THREADS = 256  # the job word is number * MOST_THREADS + threads taking part, so that both are read at once
 SPINNING, PARKED, LEAVING = 0, 1, 2
 
@@ -54,9 +55,10 @@ def _barrier(shared, threads):
         if spins < BARRIER_SPINS:
             pause()
         else:
-            if spins == BARRIER_SPINS:
-                atomic_add(shared + YIELDS, 1)
-            yield_processor()
+            since = clock_ticks()
+            while atomic_load(shared + GENERATION) == generation:
+                yield_processor()
+            atomic_add(shared + WAITED, clock_ticks() - since)
 
 
 @inline
@@ -86,7 +88,7 @@ def _run(shared, program, count, step, thread, threads):
 def _publish(shared, program, count, step, threads):
     """Give the workers a job."""
     job = i64_at(shared + JOB)
-    atomic_store(shared + YIELDS, 0)
+    atomic_store(shared + WAITED, 0)
     atomic_store(shared + NEXT_ITEM, 0)
     job[1], job[2], job[3] = program, count, step
     number = job[0] // MOST_THREADS + 1
@@ -95,9 +97,13 @@ def _publish(shared, program, count, step, threads):
 
 @routine
 def _lead(shared, program, count, step, threads):
-    """Thread 0 takes part; returns how often a thread had to yield at a barrier."""
+    """Thread 0 takes part; returns the fraction of the team's time that was lost to long waits at barriers."""
+    if threads == 1:
+        _run(shared, program, count, step, 0, threads)
+        return 0.0
+    start = clock_ticks()
     _run(shared, program, count, step, 0, threads)
-    return atomic_load(shared + YIELDS) if threads > 1 else 0
+    return atomic_load(shared + WAITED) / max(1, threads * (clock_ticks() - start))
 
 
 @routine
@@ -146,11 +152,12 @@ def _leave(shared, thread):
 class _Size:
     """How many threads take part now: fewer while a core is taken by others, all again after.
 
-    A step in which a thread waited long enough to yield is *contended*. After two in a row the team loses a thread for a hold
-    time that doubles with every failed attempt to grow back (0.1 s to 1.6 s).
+    A step is *contended* when threads spent a quarter of their time waiting for one that did not run. After two in a row the team
+    loses a thread for a hold time that doubles with every failed attempt to grow back (0.1 s to 1.6 s).
     """
 
     FIRST_HOLD, LAST_HOLD = 0.1, 1.6
+    CONTENDED = 0.25
 
     def __init__(self, most: int) -> None:
         self.most = self.now = most
@@ -165,10 +172,11 @@ class _Size:
             self._probing = True
         return self.now
 
-    def report(self, yields: int) -> None:
+    def report(self, waited: float) -> None:
+        """`waited` is the fraction that `_lead` returned for a step of `now` threads."""
         if self.now == 1:
             return
-        if not yields:
+        if waited < self.CONTENDED:
             self._contended = 0
             if self._probing:
                 self._probing = False
@@ -221,8 +229,8 @@ class Team:
             for thread in range(1, threads):
                 if _wake(self._address, thread):
                     self._wakes[thread].release()
-            yields = _lead(self._address, program.ctypes.data, count, step.ctypes.data, threads)
-            self._size.report(yields)
+            waited = _lead(self._address, program.ctypes.data, count, step.ctypes.data, threads)
+            self._size.report(waited)
 
     def close(self) -> None:
         """End the threads."""

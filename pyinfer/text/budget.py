@@ -170,11 +170,12 @@ class Budget:
             raise LimitError(f"it makes a number of {bits} bits; {_MAX_INT_BITS} are allowed")
 
     def check_format(self, template: str, values: Any) -> None:
-        """Refuses %-formats that pad without bound."""
-        if re.search(r"\*|\d{3}", template):
+        """Refuses %-formats and str.format texts that pad without bound."""
+        if re.search(r"\*|\d{3}|:[^{}]*\{", template):
             raise LimitError("it formats with a width of three digits or more")
         weight = self.weigh(list(values) if isinstance(values, (tuple, list)) else values)[0]
-        self.spend(len(template) + 100 * template.count("%") + weight * template.count("%"))
+        fields = template.count("%") + template.count("{")
+        self.spend(len(template) + fields * (100 + weight))
 
     def to_json(self, value: Any, indent: int | None, **options: Any) -> str:
         """json.dumps, if the result is not too long."""

@@ -19,6 +19,7 @@ from typing import Any
 from pyinfer import names
 from pyinfer.errors import FormatError, InputError, MissingExtraError, UnsupportedError
 from pyinfer.text.budget import MAX_SOURCE_CHARS, Budget, LimitError, Selected, plain
+from pyinfer.text.lookalikes import Marker, unused_char
 from pyinfer.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -132,14 +133,15 @@ def encode_chat(
     template = _compiled(
         source, tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(tokenizer.eos_id)
     )
-    mark = _unused_char(source or CHATML, messages, extra)
-    marked = _Marker(tokenizer.control_texts, mark)
+    texts = [source or CHATML, *tokenizer.control_texts]
     try:
-        messages = [plain(_flat(message), marked) for message in messages]
-        extra = plain(extra, marked)
+        data = plain({"messages": [_checked(message) for message in messages], **extra})
+        plain(data, lambda text: texts.append(text) or text)
     except ValueError as error:
         raise InputError(f"chat messages contain {error}; expected text, numbers, lists and dicts") from None
-    text = template.render(messages, add_generation_prompt, **extra)
+    mark = unused_char(texts)
+    data = plain(data, Marker(tokenizer.control_texts, mark))
+    text = template.render(data.pop("messages"), add_generation_prompt, **data)
     ids = tokenizer.encode(text, bos=False, special=True, mark=mark)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
@@ -149,56 +151,16 @@ def encode_chat(
 _compiled = functools.lru_cache(maxsize=8)(ChatTemplate)
 
 
-def _flat(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A content of text parts only, as some clients send it, is their text: few templates know parts."""
-    parts = message.get("content") if isinstance(message, Mapping) else None
+def _checked(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message; a content of text parts only is their text, because few templates know parts."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InputError(
+            f"a chat message is {str(message)[:80]!r}; expected a dict with a role and a content"
+        )
+    parts = message.get("content")
     if isinstance(parts, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in parts):
         return {**message, "content": "".join(str(part.get("text", "")) for part in parts)}
     return message
-
-
-def _unused_char(*values: Any) -> str:
-    """A private-use character that occurs in none of the values."""
-    seen: set[str] = set()
-    for value in values:
-        seen.update(re.findall("[\ue000-\uf8ff]", str(value)))
-    for code in range(0xE000, 0xF900):
-        if chr(code) not in seen:
-            return chr(code)
-    raise InputError("the messages use every private character of Unicode; leave some out")
-
-
-class _Marker:
-    """Puts the mark into each text of a control token, and where one could cross the border of the text."""
-
-    def __init__(self, controls: frozenset[str], mark: str):
-        self._controls, self._starts, self._ends = _borders(controls)
-        self._mark = mark
-
-    def __call__(self, text: str) -> str:
-        for name in self._controls:
-            while name in text:
-                text = text.replace(name, name[0] + self._mark + name[1:])
-        body = text.rstrip()
-        if any(body.endswith(start) for start in self._starts.get(body[-1:], ())):
-            text = body + self._mark + text[len(body) :]
-        body = text.lstrip()
-        if any(body.startswith(end) for end in self._ends.get(body[:1], ())):
-            text = text[: len(text) - len(body)] + self._mark + body
-        return text
-
-
-@functools.lru_cache(maxsize=8)
-def _borders(controls: frozenset[str]) -> tuple[list[str], dict[str, set[str]], dict[str, set[str]]]:
-    """Names longer than a character; their proper beginnings by last character, their ends by first."""
-    longer = [name for name in controls if len(name) > 1]
-    starts: dict[str, set[str]] = {}
-    ends: dict[str, set[str]] = {}
-    for name in longer:
-        for cut in range(1, min(len(name), 64)):
-            starts.setdefault(name[cut - 1], set()).add(name[:cut])
-            ends.setdefault(name[cut], set()).add(name[cut:])
-    return longer, starts, ends
 
 
 class _RefusedError(Exception):
@@ -213,6 +175,17 @@ def _now(layout: str) -> str:
     if len(layout) > 100 or re.search(r"%[^a-zA-Z%]*\d", layout):
         raise LimitError("it formats the date with a width")
     return datetime.datetime.now().strftime(layout)
+
+
+class _Format:
+    """str.format of one text, without wide columns."""
+
+    def __init__(self, text: str, work: Any, budget: Budget):
+        self._text, self._work, self._budget = text, work, budget
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        self._budget.check_format(self._text, (*args, *kwargs.values()))
+        return self._work(*args, **kwargs)
 
 
 class _Accounts:
@@ -272,7 +245,7 @@ class _Accounts:
         if isinstance(__obj, LoopContext):
             args = (__self.budget.each(args[0]), *args[1:])
         elif not (
-            isinstance(__obj, (Macro, Undefined))
+            isinstance(__obj, (Macro, Undefined, _Format))
             or isinstance(owner, LoopContext)
             or any(__obj is function for function in __self._functions)
         ):
@@ -280,6 +253,10 @@ class _Accounts:
         __self.budget.weigh(args)
         __self.budget.weigh(named)
         return __self.budget.made(super().call(__context, __obj, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Any:
+        work = super().wrap_str_format(value)
+        return None if work is None else _Format(value.__self__, work, self.budget)
 
     def _own_filters(self) -> dict[str, Any]:
         """Filters that check before they work, and those that _accounted puts into the template."""

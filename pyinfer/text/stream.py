@@ -14,8 +14,8 @@ class StreamDecoder:
     """
 
     def __init__(self, piece: Callable[[int], bytes], space_after: int | None = None):
-        """piece: bytes that a token shows, empty if none. space_after: where this token comes first, the space
-        behind it is the encoder's and is dropped.
+        """piece: bytes that a token shows, empty if none. space_after: where this token comes first, the
+        space behind it is the encoder's and is dropped.
         """
         self._piece = piece
         self._space_after = space_after
