@@ -8,9 +8,7 @@ imports wait until they are needed.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -246,27 +244,13 @@ def _run(options: dict[str, Any], open_llama: Opener) -> int:
         return _answer_prompt(llm, prompt, options, text_options, sampling)
 
 
-def _silence_stdout() -> None:
-    """Nobody reads on: keep Python from writing the rest, and from complaining about it, at exit."""
-    with contextlib.suppress(OSError, io.UnsupportedOperation):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _drop_unwritable_output() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:  # a full disk, for example: Python would fail again at exit, with a traceback
-        _silence_stdout()
-
-
 def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     """Run and turn everything that can go wrong outside of this program into a sentence and an exit code."""
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     try:
         return _run(options, open_llama)
-    except BrokenPipeError:
-        _silence_stdout()
+    except BrokenPipeError:  # nobody reads on, which is no fault
         return 0
     except KeyboardInterrupt:
         _note("\ninterrupted")
@@ -275,7 +259,6 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
         if options["verbose"]:
             traceback.print_exc()
         _note(f"error: {error or type(error).__name__}")
-        _drop_unwritable_output()
         return 1
 
 

@@ -57,12 +57,12 @@ def test_commands():
 
 
 def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message():
-    llm = toy_llama(scripted("yes"), n_ctx=100)
+    llm = toy_llama(scripted("yes"), n_ctx=110)
     conversation = Conversation(llm, system="S")
     answers, notices = talk(conversation, ["first", "second", "third", "fourth"])
     assert answers == ["yes"] * 4
     assert conversation.dropped == 1
-    assert notices.count("the context of 100 tokens is full: the oldest turns were forgotten") == 1
+    assert notices.count("the context of 110 tokens is full: the oldest turns were forgotten") == 1
     assert shown(llm.session.held[0]).startswith("|system\nS|\n|user\nsecond|")
 
 
@@ -70,7 +70,7 @@ def test_a_message_that_never_fits_is_one_sentence():
     conversation = Conversation(toy_llama(scripted("yes"), n_ctx=60))
     answers, notices = talk(conversation, ["x" * 100, "short"])
     assert answers == ["yes"]
-    assert f"the message has {TURN + 97} tokens, the context holds 60" in notices
+    assert f"the message has {TURN + 98} tokens, the context holds 60" in notices
     assert [m["content"] for m in conversation.messages] == ["short", "yes"]
 
 

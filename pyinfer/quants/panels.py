@@ -92,19 +92,21 @@ def pack_codes(quad, scale, minimum, shape, operands, first, last):
     row_bytes = columns // block * block_bytes
     group_bytes = 2 * bits * group
     chunk_bytes = 2 * group_bytes + (64 if minimum is None else 128)
+    groups = block // group
     for panel in range(first, last):
-        for r in range(min(PANEL_ROWS, rows - panel * PANEL_ROWS)):
-            source = given[SOURCE] + (panel * PANEL_ROWS + r) * row_bytes
-            for b in range(columns // block):
-                for g in range(block // group):
-                    at = b * (block // group) + g
-                    chunk = given[TARGET] + panel * given[PANEL_STRIDE] + at // 2 * chunk_bytes
+        target = given[TARGET] + panel * given[PANEL_STRIDE]
+        row0 = given[SOURCE] + panel * PANEL_ROWS * row_bytes
+        for b in range(columns // block):  # all rows of a block before the next: what is written stays in the L1 cache
+            for r in range(min(PANEL_ROWS, rows - panel * PANEL_ROWS)):
+                source = row0 + r * row_bytes + b * block_bytes
+                for g in range(groups):
+                    at = b * groups + g
+                    chunk = target + at // 2 * chunk_bytes
                     _pack_group(quad, source, g, bits, group, chunk + at % 2 * group_bytes + 4 * r)
                     halves = u16_at(chunk + 2 * group_bytes + 32 * (at % 2))
                     halves[r] = float_to_half(scale(source, g))
                     if minimum is not None:
                         halves[32 + r] = float_to_half(minimum(source, g))
-                source += block_bytes
 
 
 @inline

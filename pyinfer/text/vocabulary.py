@@ -110,7 +110,7 @@ def read_vocabulary(metadata: Mapping[str, object]) -> Vocabulary:
         user_defined=tuple(number for number in user_defined if number not in control),
         bos_id=bos_id,
         eos_id=eos_id,
-        unknown_id=_id(metadata, names.UNKNOWN_TOKEN_ID, len(texts), 0 if spm else None),
+        unknown_id=_id(metadata, names.UNKNOWN_TOKEN_ID, len(texts), 0 if kinds[0] == Kind.UNKNOWN else None),
         end_ids=end_ids,
         add_bos=_adds(metadata, names.ADD_BOS_TOKEN, add_bos_default, bos_id, names.BOS_TOKEN_ID),
         add_eos=_adds(metadata, names.ADD_EOS_TOKEN, False, eos_id, names.EOS_TOKEN_ID),

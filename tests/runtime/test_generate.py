@@ -81,13 +81,15 @@ def test_a_continued_prompt_computes_only_what_is_new():
 def test_a_session_used_by_somebody_else_is_noticed():
     cache = CachedSequence(ToySession())
     generate(cache, PROMPT, 3)
+    cache.session.truncate(0)
     cache.session.prefill([1, 2, 3])
     assert generate(cache, PROMPT, 3)[0] == greedy_tokens(PROMPT, 3)
 
 
-def test_interleaved_generations_on_one_sequence():
+@pytest.mark.parametrize("length", [11, len(PROMPT) - 1, len(PROMPT)])
+def test_interleaved_generations_on_one_sequence(length):
     cache = CachedSequence(ToySession())
-    other = list(b"Another one")
+    other = list(range(length))
     first = generate_tokens(cache, PROMPT, Sampler(GREEDY), max_tokens=6, end_ids=())
     second = generate_tokens(cache, other, Sampler(GREEDY), max_tokens=6, end_ids=())
     pairs = [(next(first), next(second)) for _ in range(6)]
