@@ -52,6 +52,7 @@ class Progress:
         self._first_done = 0
         self._next = 0.0
         self._width = 0  # characters that now stand on the line
+        self.note = ""  # shown at the end of the text
 
     def __call__(self, done: int, total: int) -> None:
         """Tell how much is done of how much."""
@@ -95,7 +96,7 @@ class Progress:
         if total > 0 and room >= BAR_CHARACTERS // 4:
             filled = int(fraction * room)
             parts.insert(0, "[" + "#" * filled + "." * (room - filled) + "]")
-        return "  ".join([self._label, *parts])
+        return "  ".join([self._label, *parts, *([self.note] if self.note else [])])
 
     def _redraw(self, done: int, total: int, seconds: float) -> None:
         columns = self._columns() - 1  # a full line would wrap

@@ -48,17 +48,6 @@ def measure(
     return score
 
 
-class _Estimate(Progress):
-    """Progress that also tells the figure so far."""
-
-    def follow(self, done: int, total: int, score: Score) -> None:
-        self._note = f"  perplexity {score.perplexity:.4f} +/- {score.error:.4f}"
-        self(done, total)
-
-    def _text(self, done: int, total: int, seconds: float, *, bar: bool) -> str:
-        return super()._text(done, total, seconds, bar=bar) + self._note
-
-
 @click.command()
 @click.option("-m", "--model", required=True, help="A GGUF file or the name of a known model.")
 @click.option(
@@ -77,8 +66,13 @@ def main(model: str, text: Path, ctx: int, n_chunks: int | None, threads: int | 
                 raise UnsupportedError(f"{model} puts an end token behind every text, which cannot be scored")
             tokens = tokenizer.encode(read_text(text))
             bos = tokenizer.bos_id if tokenizer.add_bos else None
-            with _Estimate(sys.stderr, "scoring", "chunks") as progress:
-                score = measure(session, tokens, n_chunks, bos, progress.follow)
+            with Progress(sys.stderr, "scoring", "chunks") as progress:
+
+                def follow(done: int, total: int, score: Score) -> None:
+                    progress.note = f"perplexity {score.perplexity:.4f} +/- {score.error:.4f}"
+                    progress(done, total)
+
+                score = measure(session, tokens, n_chunks, bos, follow)
     except PyInferError as error:
         raise click.ClickException(str(error)) from error
     if as_json:

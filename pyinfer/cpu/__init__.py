@@ -1,0 +1,1 @@
+"""The CPU executor: kernels, weights in panels, and the lowering of a program to instructions."""

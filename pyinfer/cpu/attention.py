@@ -18,7 +18,8 @@ from pyinfer.cpu.math import exp
 from pyinfer.cpu.step import ATTEND_ROWS, POSITIONS, ROWS, SEQUENCES
 from pyinfer.jit.kernel import Kernel, inline, kernel
 from pyinfer.jit.memory import f32_at, float_to_half, i32_at, i64_at, u16_at
-from pyinfer.jit.simd import load_f16x16, tile_add_product, tile_load, tile_scale_rows, tile_store, tile_zero
+from pyinfer.jit.simd import load_f16x16
+from pyinfer.jit.tiles import tile_add_product, tile_load, tile_scale_rows, tile_store, tile_zero
 
 # Operands, int64. Q, K and V as (address, row stride, private stride); caches are those of the layer.
 (Q, Q_STRIDE, Q_PRIVATE, K, K_STRIDE, K_PRIVATE, V, V_STRIDE, V_PRIVATE, OUT, OUT_STRIDE, KEYS, VALUES, HEAD_BYTES, HEADS, KV_HEADS, HEAD_SIZE,
@@ -60,7 +61,7 @@ def store(operands, step, first, last, thread):
 
 @lru_cache(maxsize=None)
 def attend(tile: int) -> Kernel:
-    """The kernel for 1, 4 or 8 entries at once; items are (kv head, block of ATTEND_ROWS rows of one sequence)."""
+    """The kernel for so many entries (at most 8) at once; items are (kv head, block of ATTEND_ROWS rows of one sequence)."""
     return _attend_kernel(tile)
 
 
@@ -79,7 +80,7 @@ def _attend_kernel(tile: int) -> Kernel:
         query = given[SCRATCH] + thread * given[SCRATCH_BYTES]
         out = query + 4 * tile * size
         scores = out + 4 * tile * size
-        state = scores + 4 * tile * BLOCK  # per entry: largest score, sum, correction
+        state = scores + 4 * tile * BLOCK  # per entry: largest score, sum, correction, position
         for item in range(first, last):
             # the last rows see most positions: they go first, so that the team ends together
             head, row0 = item % kv_heads, (blocks - 1 - item // kv_heads) * together
@@ -90,9 +91,10 @@ def _attend_kernel(tile: int) -> Kernel:
                 low, high = positions[row0 + entry // group], positions[row0 + (entry + count - 1) // group] + 1
                 start = max(0, low - given[WINDOW] + 1) if given[WINDOW] > 0 else 0
                 _load_queries(given, query, row0, head, entry, count, tile, thread)
-                f = f32_at(state)
+                f, limits = f32_at(state), i32_at(state + 12 * tile)
                 for e in range(tile):
                     f[e], f[tile + e] = float32(-1e30), float32(0)
+                    limits[e] = positions[row0 + (entry + min(e, count - 1)) // group]
                 o = f32_at(out)
                 for i in range(tile * size):
                     o[i] = float32(0)
@@ -104,7 +106,7 @@ def _attend_kernel(tile: int) -> Kernel:
                         for c in range(size):
                             total = tile_add_product(total, load_f16x16(keys + 32 * c), query + 4 * c, 4 * size)
                         tile_store(total, scores + 4 * (panel - p), 4 * BLOCK)
-                    _softmax(scores, state, positions, row0, entry, group, count, tile, p, end, given[WINDOW])
+                    _softmax(scores, state, tile, p, end, given[WINDOW])
                     values = given[VALUES] + cache + 2 * p * size
                     for c in range(0, size, 16):
                         total = tile_scale_rows(tile_load(tile, out + 4 * c, 4 * size), state + 8 * tile)
@@ -132,12 +134,12 @@ def _load_queries(given, query, row0, head, entry, count, tile, thread):
 
 
 @inline
-def _softmax(scores, state, positions, row0, entry, group, count, tile, start, end, window):
+def _softmax(scores, state, tile, start, end, window):
     """Scores of positions [start, end) to weights, in place; updates largest, sum and correction of each entry."""
-    f = f32_at(state)
+    f, limits = f32_at(state), i32_at(state + 12 * tile)
     for e in range(tile):
         s = f32_at(scores + 4 * e * BLOCK)
-        position = positions[row0 + (entry + min(e, count - 1)) // group]
+        position = limits[e]
         first = max(0, position - window + 1 - start) if window > 0 else 0
         last = min(position + 1, end) - start
         n = end - start

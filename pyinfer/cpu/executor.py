@@ -9,6 +9,7 @@ from pyinfer.cpu.lowering import Lowering, Machine, Plan
 from pyinfer.cpu.step import ATTEND_ROWS, Step, tile_of
 from pyinfer.cpu.weights import Weights
 from pyinfer.jit.buffers import allocate
+from pyinfer.jit.levels import TILES, level
 from pyinfer.jit.team import ITEMS, Team
 from pyinfer.program.program import Program
 
@@ -42,7 +43,8 @@ class Executor:
     def _plan(self, n_rows: int, n_wanted: int) -> Plan:
         tiles = tile_of(n_rows), tile_of(n_wanted)
         if tiles not in self._plans:
-            capacity = [min(self.capacity, 1 if tile == 1 else 4 if tile == 4 else self.capacity) if tile else 0 for tile in tiles]
+            many = TILES[level.get()][1]
+            capacity = [min(self.capacity, tile if tile < many else self.capacity) for tile in tiles]
             self._plans[tiles] = Lowering(self.program, self._machine, *capacity, *tiles).lower()
         return self._plans[tiles]
 

@@ -1,4 +1,4 @@
-"""y = W x (+ bias) (+ residual): 16 rows of W at once, for 1, 4 or 8 tokens at once.
+"""y = W x (+ bias) (+ residual): 16 rows of W at once, for one token or a tile of them at once.
 
 One token reads every weight once: the bound is memory, (bits / 8 + 2 / group) bytes per weight. Measured with u4 on 2 Zen 5 cores: see
 docs/performance.md. Eight tokens do per group of 32 columns and token 8 vpdpbusd + convert, multiply, fma and their share of 12 unpacking
@@ -18,6 +18,8 @@ from pyinfer.jit.simd import (
     load_f32x16,
     load_u8x64,
     low_nibbles,
+)
+from pyinfer.jit.tiles import (
     tile_add_memory,
     tile_add_product,
     tile_add_scaled,
@@ -55,7 +57,7 @@ def prepared_parts(columns: int, rows: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=None)
 def linear(layout: Layout, tile: int) -> Kernel:
-    """The kernel for a layout and a tile of 1, 4 or 8 tokens; items are panels."""
+    """The kernel for a layout and a tile of tokens (`pyinfer.cpu.step.tile_of`); items are panels."""
     if layout.is_float:
         return _float_kernel(("f32", "f16", "bf16").index(layout.name), tile)
     return _quantized_kernel(layout.bits, layout.group, int(layout.has_minimum), tile)

@@ -17,6 +17,7 @@ from pyinfer.cpu.team_program import instruction
 from pyinfer.cpu.weights import Weights
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
+from pyinfer.jit.levels import TILES, level
 from pyinfer.jit.team import BARRIER, DYNAMIC, EVERY_THREAD, FIELDS, STATIC
 from pyinfer.program.program import Op, Program, Value
 from pyinfer.quants import quant
@@ -248,7 +249,8 @@ class Lowering:
         self._keep.append(scratch)
         operands[attention.SCRATCH], operands[attention.SCRATCH_BYTES] = scratch.ctypes.data, each
         group = params["heads"] // params["kv_heads"]
-        tile = 8 if self._tile[ROWS] == 8 or group > 4 else 4 if group > 1 else 1
+        few, many = TILES[level.get()]
+        tile = many if self._tile[ROWS] == many or group > few else few if group > 1 else 1
         mode = STATIC if self._single else DYNAMIC
         self._emit(attention.attend(tile), operands, ("attend", params["kv_heads"]), mode, [q, self._stored], out)
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyinfer.jit.levels import TILES, level
+
 ROWS, STRIDE, WANTED, WANTED_STRIDE, TOKENS, POSITIONS, SEQUENCES, WANTED_ROWS, ATTEND_ROWS = range(9)
 WORDS = 9
 
 
 def tile_of(rows: int) -> int:
-    """Tokens that the GEMM kernels take at once for so many rows: 1, 4 or 8 (0 for none)."""
-    return 0 if rows == 0 else 1 if rows == 1 else 4 if rows <= 4 else 8
+    """Tokens that the GEMM kernels take at once for so many rows: 1, and two larger sizes (0 for none)."""
+    few, many = TILES[level.get()]
+    return rows if rows < 2 else few if rows <= few else many
 
 
 def padded(rows: int) -> int:

@@ -1,0 +1,1 @@
+"""From an open model to text: loader, session, sampler, generation."""

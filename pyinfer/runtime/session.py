@@ -11,7 +11,7 @@ from pyinfer.errors import ContextFullError, InputError
 from pyinfer.jit.team import MOST_THREADS, Team
 from pyinfer.runtime.loader import Model, default_threads
 
-CHUNK_ROWS = 512
+CHUNK_ROWS, CHUNK_ROWS_LARGE, LARGE_BYTES = 512, 128, 1 << 30  # a chunk cannot be cancelled: it should take a second or two
 
 
 class Session:
@@ -28,7 +28,8 @@ class Session:
         self.model, self.n_ctx, self.n_threads = model, n_ctx, n_threads
         self.n_vocab = model.program.vocab_size
         self._team = Team(n_threads)
-        capacity = max(min(CHUNK_ROWS, n_ctx), n_sequences)
+        chunk = CHUNK_ROWS if model.weights.nbytes < LARGE_BYTES else CHUNK_ROWS_LARGE
+        capacity = max(min(chunk, n_ctx), n_sequences)
         self._executor = Executor(model.program, model.weights, self._team, n_ctx, n_sequences, capacity)
         self._lengths = [0] * n_sequences
 
