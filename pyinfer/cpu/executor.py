@@ -29,7 +29,7 @@ class Executor:
         head_bytes = attention.head_bytes(cache.head_size, n_ctx)
         layer_bytes = head_bytes * cache.kv_heads * n_sequences
         self.cache_bytes = 2 * layer_bytes * cache.layers
-        self._memory = allocate(self.cache_bytes)
+        self._memory = allocate(self.cache_bytes, huge=False)
         start = self._memory.ctypes.data
         keys = [start + 2 * layer * layer_bytes for layer in range(cache.layers)]
         ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 
 import numpy as np
 
 CORPUS = """
-Once upon a time there was a small engine that wanted to read every book in the world. It read slowly at first.
-The engine didn't know what the words meant, but it counted them: one, two, three, 10, 100, 1000, 12345, 3.14159.
-"What is that?" asked the fox. "It's a tokenizer," said the engine. "We've seen it before; they'll see it, I'd say."
+Once upon a time there was a small engine that wanted to read every book in the world. It read slowly.
+The engine didn't know what the words meant, but it counted them: one, two, three, 10, 100, 12345, 3.14159.
+"What is that?" asked the fox. "It's a tokenizer," said the engine. "We've seen it; they'll see it, I'd say."
 def read(path: str) -> list[str]:
     with open(path) as file:
         return [line.strip() for line in file if line.strip() != ""]
@@ -17,12 +18,13 @@ def read(path: str) -> list[str]:
 for (int i = 0; i < 10; ++i) {
 \t\tsum += values[i] * 2;   // doubled
 }
-Der Fuchs läuft über die Straße und grüßt den Bären. Où est la bibliothèque? ¿Dónde está la niña? Ça va très bien.
-Привет, мир! Как дела? Всё хорошо. Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم. 日本語のテキスト。 中文文本,很好。 한국어 텍스트.
+Der Fuchs läuft über die Straße und grüßt den Bären. Où est la bibliothèque? ¿Dónde está la niña?
+Привет, мир! Как дела? Всё хорошо. Γειά σου Κόσμε. שלום עולם. مرحبا بالعالم.
+日本語のテキスト。 中文文本,很好。 한국어 텍스트.
 Emoji: 😀😃😄👍🏽👨‍👩‍👧 and more 😀👍. Spaces:    four,        eight.
 
 
-Three empty lines above. THE END. The End? the end! The engine was happy: it had read the book, the whole book.
+Three empty lines above. THE END. The End? the end! The engine was happy: it had read the whole book.
 """
 
 TEXTS = [
@@ -61,8 +63,6 @@ def byte_level(words, pre: str, size: int = 700) -> tuple[dict, object]:
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     oracle.train_from_iterator([CORPUS] * 2, trainer)
-    import json
-
     model = json.loads(oracle.to_str())["model"]
     tokens = [text for text, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
     metadata = {
