@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # the processor time used so far is, in a process this young, the time since its start
 STARTED = time.perf_counter() - time.process_time()
 INTERRUPTED = 130
-COMPILE_SECONDS = 15  # named in the notice before the first run
+COMPILE_SECONDS = 10
 SAMPLING = (
     "temperature",
     "top_k",
