@@ -46,7 +46,9 @@ class Weights:
 
     def __init__(self, program: Program, file: GGUFFile, team: Team, progress: Progress | None = None) -> None:
         tensors = program.weights()
-        self._check(tensors, file)
+        for op in program.ops:
+            if op.name in ("linear", "embed"):
+                _check(op.weight, file)
         sizes = [quant(tensor.type).LAYOUT.matrix_bytes(tensor.rows, tensor.columns) for tensor in tensors]
         self.nbytes = sum(sizes)
         self._arena = allocate(self.nbytes)
@@ -64,15 +66,19 @@ class Weights:
                 if tensor is not None and tensor.name not in self.vectors:
                     self.vectors[tensor.name] = vector(tensor)
 
-    def _check(self, tensors: list[Tensor], file: GGUFFile) -> None:
-        for tensor in tensors:
-            layout = quant(tensor.type).LAYOUT
-            if not layout.is_float and tensor.columns % 32:
-                raise UnsupportedError(f"{file.path}: {tensor.name} has {tensor.columns} columns of {tensor.type.name}, not a multiple of 32")
-
     def bytes_read_per_token(self) -> int:
         """Bytes of weights that a step of one row reads."""
         return self.nbytes
+
+
+def _check(tensor: Tensor, file: GGUFFile) -> None:
+    try:
+        layout = quant(tensor.type).LAYOUT
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{file.path}: {tensor.name}: {error}") from error
+    if not layout.is_float and tensor.columns % 32:
+        found = f"{tensor.columns} columns of {tensor.type.name}"
+        raise UnsupportedError(f"{file.path}: {tensor.name} has {found}, expected a multiple of 32")
 
 
 def _pack(tensor: Tensor, address: int, team: Team) -> Matrix:

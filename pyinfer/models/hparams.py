@@ -106,6 +106,8 @@ def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
 def _read_rope(keys: Keys, key_length: int, context_length: int, neox: bool) -> Rope:
     file = keys.file
     dimension_count = keys.integer(names.ROPE_DIMENSION_COUNT, key_length, 2, key_length)
+    if dimension_count % 2:
+        raise FormatError(f"{file.path}: {keys.name(names.ROPE_DIMENSION_COUNT)} is {dimension_count}, expected an even number")
     scaling_type = keys.text(names.ROPE_SCALING_TYPE, "none")
     if scaling_type not in ("none", "linear", "yarn"):
         raise UnsupportedError(f"{file.path}: {keys.name(names.ROPE_SCALING_TYPE)} is {scaling_type!r}, supported are none, linear, yarn")

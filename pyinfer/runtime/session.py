@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pyinfer.cpu.executor import Executor
-from pyinfer.errors import ContextFullError, InputError
+from pyinfer.errors import CapacityError, ContextFullError, InputError
 from pyinfer.jit.team import MOST_THREADS, Team
 from pyinfer.runtime.loader import Model, default_threads
 
@@ -30,7 +30,10 @@ class Session:
         self._team = Team(n_threads)
         chunk = CHUNK_ROWS if model.weights.nbytes < LARGE_BYTES else CHUNK_ROWS_LARGE
         capacity = max(min(chunk, n_ctx), n_sequences)
-        self._executor = Executor(model.program, model.weights, self._team, n_ctx, n_sequences, capacity)
+        try:
+            self._executor = Executor(model.program, model.weights, self._team, n_ctx, n_sequences, capacity)
+        except MemoryError as error:
+            raise CapacityError(f"no memory for a context of {n_ctx} tokens ({n_sequences} times): {error}; use a smaller n_ctx") from error
         self._lengths = [0] * n_sequences
 
     @property
