@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import click
-from pyinfer_convert.requantize import TYPES, requantize
 
 from pyinfer.errors import PyInferError
 from pyinfer.progress import Progress
+from pyinfer_convert.requantize import TYPES, requantize
 
 
 @click.command()

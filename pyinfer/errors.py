@@ -10,7 +10,9 @@ class FormatError(PyInferError, ValueError):
 
 
 class UnsupportedError(PyInferError):
-    """A file or request is well formed, but asks for something that pyinfer does not have; names what it has."""
+    """A file or request is well formed, but asks for something that pyinfer does not have; names what it
+    has.
+    """
 
 
 class InputError(PyInferError, ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -26,7 +26,7 @@ class Golden:
     logits: np.ndarray
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_golden(name: str) -> Golden:
     path = FOLDER / f"{name}.gguf"
     stored = np.load(path.with_suffix(".npz"))

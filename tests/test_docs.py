@@ -18,7 +18,11 @@ def test_every_family_is_in_models_md(architecture):
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=lambda model: model.name)
 def test_every_named_model_is_in_models_md(model):
-    rows = [line for line in (ROOT / "models.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{model.name}`")]
+    rows = [
+        line
+        for line in (ROOT / "models.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"| `{model.name}`")
+    ]
     assert len(rows) == 1 and model.license in rows[0]
 
 

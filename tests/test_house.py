@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"pyinfer": ROOT / "pyinfer", "pyinfer_convert": ROOT / "convert", "pyinfer_tools": ROOT / "tools"}
 
-# From the ground up. A module may import its own layer and the ones before it; a name stands for all below it.
+# From the ground up. A module may import its own layer and the ones before it; a name stands for all below
+# it.
 LAYERS = (
     ("pyinfer.errors", "pyinfer.names", "pyinfer.progress"),
     ("pyinfer.config", "pyinfer.cache_file"),
@@ -69,7 +70,7 @@ MODULES = _modules()
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -112,12 +113,18 @@ def test_imports_point_down(module):
         other_number, other = _layer(name)
         assert other_number <= number, f"{module} imports {name}, which stands above it"
         if other != entry:
-            assert not any({entry, other} <= group for group in STRANGERS), f"{module} imports its neighbour {name}"
+            assert not any({entry, other} <= group for group in STRANGERS), (
+                f"{module} imports its neighbour {name}"
+            )
 
 
 def test_public_names_are_imported_lazily():
-    eager = [node for node in _tree(MODULES["pyinfer"]).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {alias.name if isinstance(node, ast.Import) else node.module for node in eager for alias in node.names}
+    eager = [
+        node for node in _tree(MODULES["pyinfer"]).body if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
+    names = {
+        alias.name if isinstance(node, ast.Import) else node.module for node in eager for alias in node.names
+    }
     assert {str(name) for name in names if str(name).startswith("pyinfer")} == {"pyinfer.errors"}
 
 
@@ -135,7 +142,9 @@ def test_packages_from_outside_stay_in_their_place(module):
             continue
         assert package in OUTSIDE, f"{module} imports {package}, which is no dependency"
         assert re.fullmatch(OUTSIDE[package], module), f"{module} must not import {package}"
-        assert not (name.startswith("numba.cuda") and not module.startswith("pyinfer.cuda.")), f"{module}: {name}"
+        assert not (name.startswith("numba.cuda") and not module.startswith("pyinfer.cuda.")), (
+            f"{module}: {name}"
+        )
 
 
 @every_module
@@ -145,7 +154,9 @@ def test_only_config_reads_the_environment(module):
     for node in ast.walk(_tree(MODULES[module])):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
             assert node.attr not in ("environ", "environb", "getenv", "putenv"), f"{module}:{node.lineno}"
-        assert not (isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in ast.unparse(node)), module
+        assert not (
+            isinstance(node, ast.ImportFrom) and node.module == "os" and "environ" in ast.unparse(node)
+        ), module
 
 
 @every_module
@@ -170,12 +181,18 @@ def test_files_are_short_and_say_what_they_hold(module):
 
 
 def _functions(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(_tree(MODULES[module])) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        node
+        for node in ast.walk(_tree(MODULES[module]))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def _own_lines(function: ast.AST) -> int:
     """Lines of a function without those of the functions written inside it."""
-    inner = [node for node in ast.walk(function) if node is not function and isinstance(node, ast.FunctionDef)]
+    inner = [
+        node for node in ast.walk(function) if node is not function and isinstance(node, ast.FunctionDef)
+    ]
     outermost = [node for node in inner if not any(node in set(ast.walk(other)) - {other} for other in inner)]
     return _span(function) - sum(_span(node) for node in outermost)
 
@@ -214,7 +231,9 @@ def test_no_file_names_a_place_on_one_machine():
 
 def test_every_test_has_a_docstring_file_and_a_subject():
     """tests/ mirrors the tree: the folder of a test is a folder of the program."""
-    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    folders = {
+        path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")
+    }
     parts = {name.split(".")[1] for name in MODULES if name.count(".") and name.startswith("pyinfer.")}
     assert folders <= {".", "convert", "tools", *parts}
     for path in (ROOT / "tests").rglob("*.py"):

@@ -6,10 +6,10 @@ import json
 import time
 
 import click
-from pyinfer_tools.engine import Engine, median, open_session, token_bytes
-from pyinfer_tools.memory import peak_memory_bytes
 
 from pyinfer.errors import PyInferError
+from pyinfer_tools.engine import Engine, median, open_session, token_bytes
+from pyinfer_tools.memory import peak_memory_bytes
 
 _FIRST_PROMPT = 16  # tokens of the prompt whose first token is timed
 _WARM_STEPS = 4

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pyinfer_tools.llama_cpp import random_tokens
 
 from pyinfer.errors import InputError
 from pyinfer.progress import Progress
+from pyinfer_tools.llama_cpp import random_tokens
 
 if TYPE_CHECKING:
     from pyinfer.runtime.loader import Model
@@ -25,10 +25,9 @@ def open_session(
 ) -> Iterator[tuple[Model, Session]]:
     """Find and load a model, with progress on stderr, and open a session on it; closes both."""
     # Numba takes half a second to import, which a command's --help should not pay.
+    from pyinfer.model_store import find_model
     from pyinfer.runtime.loader import load_model
     from pyinfer.runtime.session import Session
-
-    from pyinfer.model_store import find_model
 
     with Progress(sys.stderr, "fetching") as progress:
         path = find_model(model, progress=progress)

@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 import gguf
 import numpy as np
-from pyinfer_tools.llama_cpp import Peer
-from pyinfer_tools.vocabularies import add_byte_level, add_sentencepiece
 
 from pyinfer.errors import MissingExtraError
+from pyinfer_tools.llama_cpp import Peer
+from pyinfer_tools.vocabularies import add_byte_level, add_sentencepiece
 
 _TOKENS = 40
 _CONTEXT = 256

@@ -17,9 +17,9 @@ import json
 from pathlib import Path
 
 import click
-from pyinfer_tools import llama_cpp
 
 from pyinfer.errors import PyInferError
+from pyinfer_tools import llama_cpp
 
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 from pyinfer.errors import FormatError, InputError, MissingExtraError, ModelNotFoundError
+from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 try:
     import llama_cpp as c_api

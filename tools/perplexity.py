@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from pyinfer_tools.engine import open_session
-from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 from pyinfer.errors import PyInferError, UnsupportedError
 from pyinfer.progress import Progress
+from pyinfer_tools.engine import open_session
+from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 if TYPE_CHECKING:
     from pyinfer.runtime.session import Session

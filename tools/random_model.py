@@ -18,9 +18,9 @@ import click
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from pyinfer_tools.vocabularies import add_sentencepiece
 
 from pyinfer.progress import Progress
+from pyinfer_tools.vocabularies import add_sentencepiece
 
 _POOL_BLOCKS = 65_521  # prime
 

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-from pyinfer_tools.engine import median
-from pyinfer_tools.versus_worker import ENGINES
 
 from pyinfer.errors import PyInferError
+from pyinfer_tools.engine import median
+from pyinfer_tools.versus_worker import ENGINES
 
 _PAUSE_SECONDS = 0.1  # threads of the engine that just worked go to sleep
 _BUSY_LIMIT_SECONDS = 20.0  # per run: a spinning engine on a busy machine makes a token in seconds

@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 
 import click
-from pyinfer_tools import llama_cpp
-from pyinfer_tools.engine import Engine, open_session
 
 from pyinfer.errors import PyInferError
+from pyinfer_tools import llama_cpp
+from pyinfer_tools.engine import Engine, open_session
 
 ENGINES = ("pyinfer", "llama.cpp")
 

@@ -1,16 +1,16 @@
-"""Attention over an f16 KV cache, block by block with a running softmax, so that no score matrix is ever whole.
+"""Attention over an f16 KV cache, block by block with a running softmax: no score matrix is ever whole.
 
-The cache of a layer is [sequence][kv head], and per head: keys in panels of 16 positions, [position / 16][C][16], so that a load is
-one element of 16 keys; values [position][C]. A work item is one kv head and a few rows; its *entries* are rows x the query heads
-that share the kv head, taken `tile` at once so that each converted key or value serves all of them. Per entry and position: 2 C / 16
-fused multiply-adds on two pipes.
+The cache of a layer is [sequence][kv head], and per head: keys in panels of 16 positions, [position /
+16][C][16], so that a load is one element of 16 keys; values [position][C]. A work item is one kv head and a
+few rows; its *entries* are rows x the query heads that share the kv head, taken `tile` at once so that each
+converted key or value serves all of them. Per entry and position: 2 C / 16 fused multiply-adds on two pipes.
 
 Source: Milakov & Gimelshein 2018 (online softmax), Dao et al. 2022 (FlashAttention).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from numpy import float32
 
@@ -22,8 +22,8 @@ from pyinfer.jit.simd import load_f16x16
 from pyinfer.jit.tiles import tile_add_product, tile_load, tile_scale_rows, tile_store, tile_zero
 
 # Operands, int64. Q, K and V as (address, row stride, private stride); caches are those of the layer.
-(Q, Q_STRIDE, Q_PRIVATE, K, K_STRIDE, K_PRIVATE, V, V_STRIDE, V_PRIVATE, OUT, OUT_STRIDE, KEYS, VALUES, HEAD_BYTES, HEADS, KV_HEADS, HEAD_SIZE,
- WINDOW, SCRATCH, SCRATCH_BYTES, SCALE) = range(21)  # fmt: skip
+(Q, Q_STRIDE, Q_PRIVATE, K, K_STRIDE, K_PRIVATE, V, V_STRIDE, V_PRIVATE, OUT, OUT_STRIDE, KEYS, VALUES,
+ HEAD_BYTES, HEADS, KV_HEADS, HEAD_SIZE, WINDOW, SCRATCH, SCRATCH_BYTES, SCALE) = range(21)  # fmt: skip
 OPERANDS = 21
 
 BLOCK = 128  # positions between two corrections of the running softmax
@@ -59,9 +59,12 @@ def store(operands, step, first, last, thread):
             values[i] = float_to_half(v[i])
 
 
-@lru_cache(maxsize=None)
+@cache
 def attend(tile: int) -> Kernel:
-    """The kernel for so many entries (at most 8) at once; items are (kv head, block of ATTEND_ROWS rows of one sequence)."""
+    """The kernel for so many entries (at most 8) at once.
+
+    Items are (kv head, block of ATTEND_ROWS rows of one sequence).
+    """
     return _attend_kernel(tile)
 
 
@@ -88,7 +91,8 @@ def _attend_kernel(tile: int) -> Kernel:
             cache = (sequences[row0] * kv_heads + head) * given[HEAD_BYTES]
             for entry in range(0, entries, tile):
                 count = min(tile, entries - entry)
-                low, high = positions[row0 + entry // group], positions[row0 + (entry + count - 1) // group] + 1
+                low = positions[row0 + entry // group]
+                high = positions[row0 + (entry + count - 1) // group] + 1
                 start = max(0, low - given[WINDOW] + 1) if given[WINDOW] > 0 else 0
                 _load_queries(given, query, row0, head, entry, count, tile, thread)
                 f, limits = f32_at(state), i32_at(state + 12 * tile)
@@ -104,7 +108,9 @@ def _attend_kernel(tile: int) -> Kernel:
                         total = tile_zero(tile)
                         keys = given[KEYS] + cache + 2 * panel * size
                         for c in range(size):
-                            total = tile_add_product(total, load_f16x16(keys + 32 * c), query + 4 * c, 4 * size)
+                            total = tile_add_product(
+                                total, load_f16x16(keys + 32 * c), query + 4 * c, 4 * size
+                            )
                         tile_store(total, scores + 4 * (panel - p), 4 * BLOCK)
                     _softmax(scores, state, tile, p, end, given[WINDOW])
                     values = given[VALUES] + cache + 2 * p * size
@@ -127,7 +133,9 @@ def _load_queries(given, query, row0, head, entry, count, tile, thread):
     for e in range(tile):
         which = entry + min(e, count - 1)
         row, member = row0 + which // group, which % group
-        source = given[Q] + row * given[Q_STRIDE] + thread * given[Q_PRIVATE] + 4 * (head * group + member) * size
+        source = (
+            given[Q] + row * given[Q_STRIDE] + thread * given[Q_PRIVATE] + 4 * (head * group + member) * size
+        )
         x, q = f32_at(source), f32_at(query + 4 * e * size)
         for i in range(size):
             q[i] = x[i] * scale
@@ -135,7 +143,9 @@ def _load_queries(given, query, row0, head, entry, count, tile, thread):
 
 @inline
 def _softmax(scores, state, tile, start, end, window):
-    """Scores of positions [start, end) to weights, in place; updates largest, sum and correction of each entry."""
+    """Scores of positions [start, end) to weights, in place; updates largest, sum and correction of each
+    entry.
+    """
     f, limits = f32_at(state), i32_at(state + 12 * tile)
     for e in range(tile):
         s = f32_at(scores + 4 * e * BLOCK)

@@ -1,4 +1,6 @@
-"""Runs a program on the CPU: KV cache, rope tables, and one lowered plan per class of steps, made when first needed."""
+"""Runs a program on the CPU: KV cache, rope tables, and one lowered plan per class of steps, made when first
+needed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ PREFILL_ATTEND_ROWS = 8
 class Executor:
     """Steps of up to `capacity` rows over `n_sequences` sequences of up to n_ctx positions each."""
 
-    def __init__(self, program: Program, weights: Weights, team: Team, n_ctx: int, n_sequences: int, capacity: int) -> None:
+    def __init__(
+        self, program: Program, weights: Weights, team: Team, n_ctx: int, n_sequences: int, capacity: int
+    ) -> None:
         self.program, self.capacity, self.n_sequences = program, capacity, n_sequences
         self._team = team
         self._step = Step(capacity)
@@ -34,7 +38,9 @@ class Executor:
         keys = [start + 2 * layer * layer_bytes for layer in range(cache.layers)]
         ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}
         tables = {rope: rope.table(n_ctx).astype(np.float32) for rope in ropes}
-        numbers = {op.params[name] for op in program.ops for name in ("scale", "epsilon") if name in op.params}
+        numbers = {
+            op.params[name] for op in program.ops for name in ("scale", "epsilon") if name in op.params
+        }
         self._constants = np.array(sorted(numbers), np.float32)
         places = {number: self._constants.ctypes.data + 4 * at for at, number in enumerate(sorted(numbers))}
         values = [key + layer_bytes for key in keys]
@@ -51,7 +57,8 @@ class Executor:
     def step(self, tokens, positions, sequences, wanted) -> np.ndarray:
         """Run rows of (token, position, sequence); float32 [wanted, vocabulary], the caller's own.
 
-        Rows of one sequence must be consecutive and in order of position, or every row be of another sequence.
+        Rows of one sequence must be consecutive and in order of position, or every row be of another
+        sequence.
         """
         step, n_rows, n_wanted = self._step, len(tokens), len(wanted)
         step.fill(tokens, positions, sequences, wanted)
@@ -81,5 +88,3 @@ class Executor:
         buffer = plan.logits
         raw = (np.ctypeslib.ctypes.c_float * (buffer.stride // 4 * n_wanted)).from_address(buffer.address)
         return np.frombuffer(raw, np.float32).reshape(n_wanted, -1)[:, : self.program.vocab_size].copy()
-
-

@@ -1,13 +1,14 @@
 """y = W x (+ bias) (+ residual): 16 rows of W at once, for one token or a tile of them at once.
 
-One token reads every weight once: the bound is memory, (bits / 8 + 2 / group) bytes per weight. Measured with u4 on 2 Zen 5 cores: see
-docs/performance.md. Eight tokens do per group of 32 columns and token 8 vpdpbusd + convert, multiply, fma and their share of 12 unpacking
-operations; two 512-bit pipes take dot, multiply and fma, so the bound is 5 cycles for 1024 operations.
+One token reads every weight once: the bound is memory, (bits / 8 + 2 / group) bytes per weight. Measured with
+u4 on 2 Zen 5 cores: see docs/performance.md. Eight tokens do per group of 32 columns and token 8 vpdpbusd +
+convert, multiply, fma and their share of 12 unpacking operations; two 512-bit pipes take dot, multiply and
+fma, so the bound is 5 cycles for 1024 operations.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from pyinfer.jit.kernel import Kernel, kernel
 from pyinfer.jit.memory import i64_at, prefetch
@@ -32,12 +33,28 @@ from pyinfer.jit.tiles import (
 )
 from pyinfer.quants.panels import PANEL_ROWS, Layout
 
-# Operands, int64. Strides are bytes: of a panel, of a row of a float buffer, from one thread's private copy to the next (0: shared).
-(WEIGHT, PANEL_STRIDE, COLUMNS, COUNT, X, X_STRIDE, X_PRIVATE, OUT, OUT_STRIDE, RESIDUAL, RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS) = range(13)
+# Operands, int64. Strides are bytes: of a panel, of a row of a float buffer, from one thread's private copy
+# to the next (0: shared).
+(
+    WEIGHT,
+    PANEL_STRIDE,
+    COLUMNS,
+    COUNT,
+    X,
+    X_STRIDE,
+    X_PRIVATE,
+    OUT,
+    OUT_STRIDE,
+    RESIDUAL,
+    RESIDUAL_STRIDE,
+    RESIDUAL_PRIVATE,
+    BIAS,
+) = range(13)
 OPERANDS = 13
 
 TOKEN_BLOCK = 64  # tokens of x that stay in the cache while panels pass
-AHEAD_BYTES = 2048  # prefetch distance of one-token kernels: 512 to 2048 reach 95 % of the read limit with 2 threads, 4096 91 %
+# Prefetch distance of one-token kernels: 512 to 2048 reach 95 % of the read limit with 2 threads, 4096 91 %.
+AHEAD_BYTES = 2048
 
 
 def prepared_bytes(columns: int, rows: int) -> int:
@@ -46,16 +63,26 @@ def prepared_bytes(columns: int, rows: int) -> int:
 
 
 def prepared_parts(columns: int, rows: int) -> tuple[int, ...]:
-    """Byte sizes, after a leading 0, of the parts of quantized activations, all ordered [tile of rows][group][row of the tile]:
+    """Byte sizes, after a leading 0, of the parts of quantized activations, all ordered [tile of
+    rows][group][row of the tile]:
 
-    int8 [32], float32 scale, int32 -8 sum, float32 scale * sum (per 32 columns), the two sums again per 16. So what one tile of
-    the GEMM reads lies together (groups are padded to an even number); [group][row] made rows of a power of two fall into the same cache sets (quantize 3x slower).
+    int8 [32], float32 scale, int32 -8 sum, float32 scale * sum (per 32 columns), the two sums again per 16.
+    So what one tile of the GEMM reads lies together (groups are padded to an even number); [group][row] made
+    rows of a power of two fall into the same cache sets (quantize 3x slower).
     """
     groups = -(-columns // 64) * 2
-    return (0, groups * rows * 32, groups * rows * 4, groups * rows * 4, groups * rows * 4, groups * rows * 8, groups * rows * 8)
+    return (
+        0,
+        groups * rows * 32,
+        groups * rows * 4,
+        groups * rows * 4,
+        groups * rows * 4,
+        groups * rows * 8,
+        groups * rows * 8,
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def linear(layout: Layout, tile: int) -> Kernel:
     """The kernel for a layout and a tile of tokens (`pyinfer.cpu.step.tile_of`); items are panels."""
     if layout.is_float:
@@ -159,5 +186,3 @@ def _float_kernel(kind: int, tile: int) -> Kernel:
                     tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
 
     return linear_float
-
-

@@ -1,8 +1,10 @@
-"""From a program to instructions for the team, for one class of steps: one row, up to four, or many; none, one, few or many wanted.
+"""From a program to instructions for the team, for one class of steps: one row, up to four, or many; none,
+one, few or many wanted.
 
-A step of one row runs everything but linears and attention in every thread, into private copies: no barriers. With more rows, row
-operations are split by rows, and a barrier stands only where a thread reads what others wrote. Linears of the same input whose weights lie
-back to back become one; the addition of a linear to the residual becomes part of it.
+A step of one row runs everything but linears and attention in every thread, into private copies: no barriers.
+With more rows, row operations are split by rows, and a barrier stands only where a thread reads what others
+wrote. Linears of the same input whose weights lie back to back become one; the addition of a linear to the
+residual becomes part of it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Buffer:
 
 @dataclass
 class Plan:
-    """Instructions for one class of steps; `count_of[i]` says how the number of items of instruction i follows from the step."""
+    """Instructions for one class of steps; `count_of[i]` says how the number of items of instruction i
+    follows from the step.
+    """
 
     instructions: np.ndarray
     count_of: list[tuple[str, int]]
@@ -55,7 +59,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a lowering is for: threads, weights, the KV cache and rope tables of a session, in bytes and addresses."""
+    """What a lowering is for: threads, weights, the KV cache and rope tables of a session, in bytes and
+    addresses.
+    """
 
     n_threads: int
     weights: Weights
@@ -69,7 +75,9 @@ class Machine:
 class Lowering:
     """One pass over the ops; emits instructions and hands out buffers."""
 
-    def __init__(self, program: Program, machine: Machine, n_rows: int, n_wanted: int, tile: int, wanted_tile: int) -> None:
+    def __init__(
+        self, program: Program, machine: Machine, n_rows: int, n_wanted: int, tile: int, wanted_tile: int
+    ) -> None:
         self._program, self._machine = program, machine
         self._capacity = {ROWS: n_rows, WANTED: n_wanted}
         self._tile = {ROWS: tile, WANTED: wanted_tile}
@@ -81,7 +89,9 @@ class Lowering:
         self._prepared: dict[int, Buffer] = {}
         self._free: dict[tuple[int, int], list[Buffer]] = {}
         self._freed_since_barrier: list[Buffer] = []
-        self._last_use = {value.index: position for position, op in enumerate(program.ops) for value in op.inputs}
+        self._last_use = {
+            value.index: position for position, op in enumerate(program.ops) for value in op.inputs
+        }
         self._dirty: list[Buffer] = []
         self._stored = Buffer(0, 0, 0, 0)
 
@@ -130,11 +140,21 @@ class Lowering:
             self._free.setdefault((buffer.n_bytes, copies), []).append(buffer)
         self._freed_since_barrier.clear()
 
-    def _emit(self, kernel: Kernel, operands: np.ndarray, items: tuple[str, int], mode: int, reads: list[Buffer], writes: Buffer | None) -> None:
+    def _emit(
+        self,
+        kernel: Kernel,
+        operands: np.ndarray,
+        items: tuple[str, int],
+        mode: int,
+        reads: list[Buffer],
+        writes: Buffer | None,
+    ) -> None:
         by_rows = mode == STATIC and items[0] in ("rows", "wanted")
         for buffer in reads:
             whole = buffer.whole
-            if whole.written == SHARED or (whole.written == BY_ROWS and not (by_rows and whole.count == self._count)):
+            if whole.written == SHARED or (
+                whole.written == BY_ROWS and not (by_rows and whole.count == self._count)
+            ):
                 self._barrier()
         self._keep.append(operands)
         self._rows.append(instruction(kernel, operands, 0, mode, mode == DYNAMIC))
@@ -176,7 +196,12 @@ class Lowering:
             if op.name == "linear":
                 logits = self._buffers.get(op.output.index) if op.output else None
         self._barrier()
-        return Plan(np.concatenate([row[None] for row in self._rows]).reshape(-1, FIELDS), self._count_of, logits, self._keep)
+        return Plan(
+            np.concatenate([row[None] for row in self._rows]).reshape(-1, FIELDS),
+            self._count_of,
+            logits,
+            self._keep,
+        )
 
     def _input(self, op: Op, n: int = 0) -> Buffer:
         return self._buffers[op.inputs[n].index]
@@ -192,19 +217,35 @@ class Lowering:
         panel = allocate((panel_bytes + 64) * self._machine.n_threads)
         self._keep.append(panel)
         out = self._output(op)
-        self._row_op(rows.embed(file.LAYOUT), op.output.width, [], out, PACK=file.pack.address, DATA=tensor.data.ctypes.data,
-                     ROW_BYTES=tensor.columns // file.BLOCK * file.BLOCK_BYTES, PANEL=panel.ctypes.data, PANEL_BYTES=panel_bytes,
-                     SCALE=self._machine.constants[op.params["scale"]])  # fmt: skip
+        extra = {
+            "PACK": file.pack.address,
+            "DATA": tensor.data.ctypes.data,
+            "ROW_BYTES": tensor.columns // file.BLOCK * file.BLOCK_BYTES,
+            "PANEL": panel.ctypes.data,
+            "PANEL_BYTES": panel_bytes,
+            "SCALE": self._machine.constants[op.params["scale"]],
+        }
+        self._row_op(rows.embed(file.LAYOUT), op.output.width, [], out, **extra)
 
     def _rms_norm(self, op: Op, position: int) -> None:
         weight = self._machine.weights.vectors[op.weight.name]
-        self._row_op(rows.rms_norm, op.output.width, [self._input(op)], self._output(op), WEIGHT=weight.ctypes.data,
-                     EPSILON=self._machine.constants[op.params["epsilon"]], HEADS=op.params["heads"])  # fmt: skip
+        extra = {
+            "WEIGHT": weight.ctypes.data,
+            "EPSILON": self._machine.constants[op.params["epsilon"]],
+            "HEADS": op.params["heads"],
+        }
+        self._row_op(rows.rms_norm, op.output.width, [self._input(op)], self._output(op), **extra)
 
     def _rope(self, op: Op, position: int) -> None:
         rope, heads = op.params["rope"], op.params["heads"]
-        self._row_op(rows.rope, op.output.width, [self._input(op)], self._output(op), TABLE=self._machine.tables[rope].ctypes.data,
-                     HEAD_SIZE=op.output.width // heads, ROTATED=rope.dimension_count, NEOX=rope.neox, ROPE_HEADS=heads)  # fmt: skip
+        extra = {
+            "TABLE": self._machine.tables[rope].ctypes.data,
+            "HEAD_SIZE": op.output.width // heads,
+            "ROTATED": rope.dimension_count,
+            "NEOX": rope.neox,
+            "ROPE_HEADS": heads,
+        }
+        self._row_op(rows.rope, op.output.width, [self._input(op)], self._output(op), **extra)
 
     def _gate(self, op: Op, position: int) -> None:
         kernel = getattr(rows, f"gate_{op.params['activation']}")
@@ -234,7 +275,10 @@ class Lowering:
         operands = np.zeros(attention.OPERANDS, np.int64)
         layer, machine = op.params["layer"], self._machine
         operands[attention.KEYS], operands[attention.VALUES] = machine.keys[layer], machine.values[layer]
-        operands[attention.HEAD_BYTES], operands[attention.KV_HEADS] = machine.head_bytes, op.params["kv_heads"]
+        operands[attention.HEAD_BYTES], operands[attention.KV_HEADS] = (
+            machine.head_bytes,
+            op.params["kv_heads"],
+        )
         return operands
 
     def _attend(self, op: Op, position: int) -> None:
@@ -243,7 +287,10 @@ class Lowering:
         operands[attention.Q : attention.Q + 3] = q.address, q.stride, q.private
         operands[attention.OUT], operands[attention.OUT_STRIDE] = out.address, out.stride
         operands[attention.HEADS], operands[attention.HEAD_SIZE] = params["heads"], params["head_size"]
-        operands[attention.WINDOW], operands[attention.SCALE] = params["window"], self._machine.constants[params["scale"]]
+        operands[attention.WINDOW], operands[attention.SCALE] = (
+            params["window"],
+            self._machine.constants[params["scale"]],
+        )
         each = attention.scratch_bytes(params["head_size"])
         scratch = allocate(each * self._machine.n_threads)
         self._keep.append(scratch)
@@ -252,7 +299,9 @@ class Lowering:
         few, many = TILES[level.get()]
         tile = many if self._tile[ROWS] == many or group > few else few if group > 1 else 1
         mode = STATIC if self._single else DYNAMIC
-        self._emit(attention.attend(tile), operands, ("attend", params["kv_heads"]), mode, [q, self._stored], out)
+        self._emit(
+            attention.attend(tile), operands, ("attend", params["kv_heads"]), mode, [q, self._stored], out
+        )
 
     def _linear(self, op: Op, position: int) -> int:
         """One instruction for this linear and those behind it that can join; returns how many ops it took."""
@@ -266,11 +315,19 @@ class Lowering:
         out = self._new_rows(width, shared=True)
         start = 0
         for each, matrix in zip(group, matrices):
-            whole = out if len(group) == 1 else Buffer(out.address + 4 * start, out.stride, 0, 0, count=self._count, parent=out)
+            whole = (
+                out
+                if len(group) == 1
+                else Buffer(out.address + 4 * start, out.stride, 0, 0, count=self._count, parent=out)
+            )
             self._buffers[each.output.index] = whole
             start += panels_of(matrix.rows) * PANEL_ROWS
         operands = np.zeros(linear.OPERANDS, np.int64)
-        operands[linear.WEIGHT], operands[linear.PANEL_STRIDE], operands[linear.COLUMNS] = first.address, first.panel_stride, first.columns
+        operands[linear.WEIGHT], operands[linear.PANEL_STRIDE], operands[linear.COLUMNS] = (
+            first.address,
+            first.panel_stride,
+            first.columns,
+        )
         operands[linear.COUNT] = self._count
         operands[linear.X : linear.X + 3] = source.address, source.stride, source.private
         operands[linear.OUT], operands[linear.OUT_STRIDE] = out.address, out.stride
@@ -303,14 +360,17 @@ class Lowering:
         return group
 
     def _residual(self, group: list[Op], position: int) -> tuple[Value | None, int]:
-        """The other addend when the next op only adds this linear to something, and how many ops are taken."""
+        """The other addend when the next op only adds this linear to something, and how many ops are
+        taken.
+        """
         taken = len(group)
         after = self._program.ops[position + taken] if position + taken < len(self._program.ops) else None
-        if taken == 1 and after is not None and after.name == "add" and group[0].output in after.inputs:
-            if self._last_use[group[0].output.index] == position + 1:
-                others = [value for value in after.inputs if value != group[0].output]
-                if len(others) == 1:
-                    return others[0], taken + 1
+        output = group[0].output
+        if taken > 1 or after is None or after.name != "add" or output not in after.inputs:
+            return None, taken
+        others = [value for value in after.inputs if value != output]
+        if self._last_use[output.index] == position + 1 and len(others) == 1:
+            return others[0], taken + 1
         return None, taken
 
     def _bias_of(self, group: list[Op], matrices) -> np.ndarray | None:
@@ -319,7 +379,9 @@ class Lowering:
         parts = []
         for op, matrix in zip(group, matrices):
             length = panels_of(matrix.rows) * PANEL_ROWS
-            parts.append(self._machine.weights.vectors[op.bias.name] if op.bias else np.zeros(length, np.float32))
+            parts.append(
+                self._machine.weights.vectors[op.bias.name] if op.bias else np.zeros(length, np.float32)
+            )
         return np.concatenate(parts)
 
     def _prepare(self, value: Value, x: Buffer) -> Buffer:

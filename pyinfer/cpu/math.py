@@ -10,7 +10,8 @@ from pyinfer.jit.memory import bits_to_float, round_half_even
 def exp(x):
     """e^x of a float32, relative error below 1e-7; 0 far below, large but finite above 88.
 
-    Cody-Waite reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial of degree 6 (coefficients as in Cephes' expf).
+    Cody-Waite reduction to [-ln 2 / 2, ln 2 / 2] and a polynomial of degree 6 (coefficients as in Cephes'
+    expf).
     """
     x = min(max(x, float32(-87.3)), float32(88.3))
     n = round_half_even(x * float32(1.44269504))

@@ -1,12 +1,12 @@
 """Operations on rows, one row after the other: everything of a step that is neither linear nor attention.
 
-Items are rows. In a step of one row every thread does them all into a private copy, which costs less than a barrier. Vectors of
-a row are read and written by plain loops that LLVM vectorizes.
+Items are rows. In a step of one row every thread does them all into a private copy, which costs less than a
+barrier. Vectors of a row are read and written by plain loops that LLVM vectorizes.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from numpy import float32, int32, sqrt, uint32
 
@@ -35,14 +35,24 @@ from pyinfer.jit.simd import (
 from pyinfer.quants import panels
 from pyinfer.quants.panels import PANEL_ROWS, Layout
 
-# Operands of all row kernels, int64: up to two inputs and an output as (address, row stride, private stride), then what is special.
-IN, IN_STRIDE, IN_PRIVATE, IN2, IN2_STRIDE, IN2_PRIVATE, OUT, OUT_STRIDE, OUT_PRIVATE, WIDTH, COUNT = range(11)
+# Operands of all row kernels, int64: up to two inputs and an output as (address, row stride, private stride),
+# then what is special.
+IN, IN_STRIDE, IN_PRIVATE, IN2, IN2_STRIDE, IN2_PRIVATE, OUT, OUT_STRIDE, OUT_PRIVATE, WIDTH, COUNT = range(
+    11
+)
 FIRST_EXTRA = 11
 OPERANDS = 18
 WEIGHT, EPSILON, HEADS = 11, 12, 13  # rms_norm; EPSILON is the address of a float32
 TABLE, HEAD_SIZE, ROTATED, NEOX, ROPE_HEADS = 11, 12, 13, 14, 15  # rope
 TILE = 11  # quantize
-PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE = 11, 12, 13, 14, 15, 16  # embed; SCALE is the address of a float32
+PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE = (
+    11,
+    12,
+    13,
+    14,
+    15,
+    16,
+)  # embed; SCALE is the address of a float32
 
 
 @inline
@@ -52,7 +62,9 @@ def _row(given, base, row, thread):
 
 @kernel
 def rms_norm(operands, step, first, last, thread):
-    """out = x / sqrt(mean x^2 + epsilon) * weight, for each of HEADS parts of a row. Source: Zhang & Sennrich 2019."""
+    """out = x / sqrt(mean x^2 + epsilon) * weight, for each of HEADS parts of a row. Source: Zhang & Sennrich
+    2019.
+    """
     given = i64_at(operands)
     heads = given[HEADS]
     width = given[WIDTH] // heads
@@ -128,7 +140,8 @@ def select(operands, step, first, last, thread):
 def quantize(operands, step, first, last, thread):
     """int8 per 32 with scale amax / 127, and sums: the parts of `pyinfer.cpu.linear.prepared_parts`.
 
-    The scale is rounded to a half, as llama.cpp's Q8_0 does, so that results are comparable to the last bits. OUT_STRIDE is unused.
+    The scale is rounded to a half, as llama.cpp's Q8_0 does, so that results are comparable to the last bits.
+    OUT_STRIDE is unused.
     """
     given = i64_at(operands)
     stride, tile = i64_at(step)[given[COUNT] + 1], given[TILE]
@@ -169,7 +182,8 @@ def quantize(operands, step, first, last, thread):
 def rope(operands, step, first, last, thread):
     """Rotate ROPE_HEADS heads of a row by its position; TABLE is float32 [position][ROTATED / 2][cos, sin].
 
-    NEOX pairs element i with i + ROTATED / 2, otherwise neighbours are pairs. Source: RoFormer (Su et al. 2021), ggml's two modes.
+    NEOX pairs element i with i + ROTATED / 2, otherwise neighbours are pairs. Source: RoFormer (Su et al.
+    2021), ggml's two modes.
     """
     given = i64_at(operands)
     positions = i32_at(i64_at(step)[POSITIONS])
@@ -193,9 +207,11 @@ def rope(operands, step, first, last, thread):
                 out[i] = x[i]
 
 
-@lru_cache(maxsize=None)
+@cache
 def embed(layout: Layout) -> Kernel:
-    """Rows of the embedding matrix, which stays in the file: a token's row is packed into a panel and read back from there."""
+    """Rows of the embedding matrix, which stays in the file: a token's row is packed into a panel and read
+    back from there.
+    """
     bits, group, minimum = layout.bits, layout.group, int(layout.has_minimum)
     kind = 0 if not layout.is_float else 1 + ("f32", "f16", "bf16").index(layout.name)
     return _embed_kernel(kind, bits, group, minimum)

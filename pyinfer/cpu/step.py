@@ -1,8 +1,8 @@
 """The step block: what one run of a program is about, as int64 words that every kernel can read.
 
-ROWS rows of (token, position, sequence) go in; logits come out for the WANTED ones. Buffers that a linear reads are laid out for
-STRIDE rows: ROWS rounded up to whole tiles. A row count is passed to kernels as the index of its word (ROWS or WANTED); the stride is
-the word behind it.
+ROWS rows of (token, position, sequence) go in; logits come out for the WANTED ones. Buffers that a linear
+reads are laid out for STRIDE rows: ROWS rounded up to whole tiles. A row count is passed to kernels as the
+index of its word (ROWS or WANTED); the stride is the word behind it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Step:
     def fill(self, tokens, positions, sequences, wanted) -> None:
         """Describe a step; `wanted` are the indices of the rows whose logits are asked for."""
         n, w = len(tokens), len(wanted)
-        self._rows[0, :n], self._rows[1, :n], self._rows[2, :n], self._rows[3, :w] = tokens, positions, sequences, wanted
+        self._rows[0, :n], self._rows[1, :n], self._rows[2, :n], self._rows[3, :w] = (
+            tokens,
+            positions,
+            sequences,
+            wanted,
+        )
         block = self.block
         block[ROWS], block[STRIDE], block[WANTED], block[WANTED_STRIDE] = n, padded(n), w, padded(w)

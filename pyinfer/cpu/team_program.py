@@ -11,7 +11,13 @@ from pyinfer.jit.team import BARRIER, DYNAMIC, FIELDS, ITEMS, KERNEL, MODE, OPER
 def instruction(kernel: Kernel, operands: np.ndarray, items: int, mode: int, barrier: bool) -> np.ndarray:
     """One instruction; the caller keeps `operands` alive."""
     row = np.zeros(FIELDS, np.int64)
-    row[KERNEL], row[OPERANDS], row[ITEMS], row[MODE], row[BARRIER] = kernel.address, operands.ctypes.data, items, mode, barrier
+    row[KERNEL], row[OPERANDS], row[ITEMS], row[MODE], row[BARRIER] = (
+        kernel.address,
+        operands.ctypes.data,
+        items,
+        mode,
+        barrier,
+    )
     return row
 
 

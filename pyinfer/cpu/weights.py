@@ -1,6 +1,8 @@
-"""A program's weights in runtime layouts: every matrix in one arena, in the order in which the program reads them.
+"""A program's weights in runtime layouts: every matrix in one arena, in the order in which the program reads
+them.
 
-Matrices that follow each other with the same layout and columns lie back to back, so that q, k and v (or gate and up) are one linear.
+Matrices that follow each other with the same layout and columns lie back to back, so that q, k and v (or gate
+and up) are one linear.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Matrix:
 class Weights:
     """matrices by tensor name; vectors (float32, padded with zeros to 16) by tensor name; nbytes of all."""
 
-    def __init__(self, program: Program, file: GGUFFile, team: Team, progress: Progress | None = None) -> None:
+    def __init__(
+        self, program: Program, file: GGUFFile, team: Team, progress: Progress | None = None
+    ) -> None:
         tensors = program.weights()
         for op in program.ops:
             if op.name in ("linear", "embed"):
@@ -65,10 +69,6 @@ class Weights:
             for tensor in (op.weight if op.name == "rms_norm" else None, op.bias):
                 if tensor is not None and tensor.name not in self.vectors:
                     self.vectors[tensor.name] = vector(tensor)
-
-    def bytes_read_per_token(self) -> int:
-        """Bytes of weights that a step of one row reads."""
-        return self.nbytes
 
 
 def _check(tensor: Tensor, file: GGUFFile) -> None:

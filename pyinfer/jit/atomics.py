@@ -20,7 +20,9 @@ CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
 def _register_symbols() -> None:
-    """Give LLVM the operating system's "let another thread run" and its clock under one name on every platform."""
+    """Give LLVM the operating system's "let another thread run" and its clock under one name on every
+    platform.
+    """
     if sys.platform == "win32":
         kernel32 = ctypes.windll.kernel32
         functions = {YIELD: kernel32.SwitchToThread, CLOCK: kernel32.QueryPerformanceCounter}
@@ -98,7 +100,9 @@ def pause(typingctx):
             builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
         elif machine in ("aarch64", "arm64"):
             function = ir.FunctionType(ir.VoidType(), [I32])
-            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.aarch64.hint"), [I32(1)])
+            builder.call(
+                cgutils.get_or_insert_function(builder.module, function, "llvm.aarch64.hint"), [I32(1)]
+            )
         return context.get_dummy_value()
 
     return types.void(), generate

@@ -1,4 +1,6 @@
-"""The memory's read limit, measured with the words that the kernels use: the bound of every one-token step."""
+"""The memory's read limit, measured with the words that the kernels use: the bound of every one-token
+step.
+"""
 
 from __future__ import annotations
 

@@ -15,9 +15,11 @@ HUGE_PAGE_BYTES = 1 << 21
 
 
 def allocate(n_bytes: int, huge: bool = True) -> np.ndarray:
-    """uint8 [n_bytes] of zeros at an address that is a multiple of 2 MiB (64 for small ones). Raises CapacityError.
+    """uint8 [n_bytes] of zeros at an address that is a multiple of 2 MiB (64 for small ones). Raises
+    CapacityError.
 
-    huge=False for memory of which little may be used: a huge page is there as a whole once a byte of it is touched.
+    huge=False for memory of which little may be used: a huge page is there as a whole once a byte of it is
+    touched.
     """
     small = n_bytes < HUGE_PAGE_BYTES
     alignment = 64 if small else HUGE_PAGE_BYTES

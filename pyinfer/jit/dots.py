@@ -1,4 +1,6 @@
-"""The one SIMD word that differs by processor: dot products of four neighbouring bytes, added to 32-bit lanes."""
+"""The one SIMD word that differs by processor: dot products of four neighbouring bytes, added to 32-bit
+lanes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _dot_avx512vnni(builder, acc, codes, x, wide):
 
 def _dot_avxvnni(builder, acc, codes, x, wide):
     parts = zip(_pieces(builder, acc, 8), _pieces(builder, codes, 32), _pieces(builder, x, 32))
-    return _joined(builder, [call(builder, "llvm.x86.avx512.vpdpbusd.256", a.type, a, c, v) for a, c, v in parts])
+    return _joined(
+        builder, [call(builder, "llvm.x86.avx512.vpdpbusd.256", a.type, a, c, v) for a, c, v in parts]
+    )
 
 
 def _dot_avx2(builder, acc, codes, x, wide):
@@ -84,5 +88,7 @@ DOTS = {
 
 
 def dot(builder, acc, codes, x, wide):
-    """acc <16 x i32> += sums of 4 neighbours of codes <64 x u8> * x <64 x s8>; wide says that codes may exceed 127."""
+    """acc <16 x i32> += sums of 4 neighbours of codes <64 x u8> * x <64 x s8>; wide says that codes may
+    exceed 127.
+    """
     return DOTS[level.get()](builder, acc, codes, x, wide)

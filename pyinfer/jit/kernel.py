@@ -1,8 +1,9 @@
 """The one place that says how Python becomes machine code, and where the machine code is kept.
 
-A *kernel* is a module-level function (operands, step, first, last, thread) -> None of int64 that never raises; a program holds
-its address. `inline` marks its helpers, `routine` the few functions that Python calls directly. The disk cache is stamped
-with all kernel sources and the SIMD level, because stock Numba serves stale code when a helper in another file is edited.
+A *kernel* is a module-level function (operands, step, first, last, thread) -> None of int64 that never
+raises; a program holds its address. `inline` marks its helpers, `routine` the few functions that Python calls
+directly. The disk cache is stamped with all kernel sources and the SIMD level, because stock Numba serves
+stale code when a helper in another file is edited.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Locator:
 
 
 class _CacheImpl(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]
+    _locator_classes = (_Locator,)
 
 
 class _Cache(caching.FunctionCache):
@@ -99,7 +100,9 @@ class _Cache(caching.FunctionCache):
             return None
 
     def save_overload(self, sig, data):
-        with contextlib.suppress(OSError, EOFError, ValueError):  # full or read-only disk: compile again next time
+        with contextlib.suppress(
+            OSError, EOFError, ValueError
+        ):  # full or read-only disk: compile again next time
             try:
                 super().save_overload(sig, data)
             except Exception as error:
@@ -126,7 +129,9 @@ class Kernel:
         key = level.get()
         with _compiling:
             if key not in self._compiled:
-                compiled = CFunc(self.function, (SIGNATURE.args, SIGNATURE.return_type), {}, OPTIONS, Compiler)
+                compiled = CFunc(
+                    self.function, (SIGNATURE.args, SIGNATURE.return_type), {}, OPTIONS, Compiler
+                )
                 compiled._cache = _Cache(self.function)
                 compiled.compile()
                 self._compiled[key] = compiled

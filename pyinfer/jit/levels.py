@@ -1,7 +1,9 @@
-"""Which SIMD instructions the kernels may use: decided once, from the CPU features that LLVM will really compile for.
+"""Which SIMD instructions the kernels may use: decided once, from the CPU features that LLVM will really
+compile for.
 
-A target intrinsic outside the effective features aborts the process, so Numba's own overrides (NUMBA_CPU_FEATURES) count,
-not what the host could do. PYINFER_SIMD (see `pyinfer.config`) chooses a lower level by name.
+A target intrinsic outside the effective features aborts the process, so Numba's own overrides
+(NUMBA_CPU_FEATURES) count, not what the host could do. PYINFER_SIMD (see `pyinfer.config`) chooses a lower
+level by name.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ X86_NEEDS = {
 ARM_NEEDS = {"neondot": ("dotprod",)}
 NAMES = (*X86_NEEDS, *ARM_NEEDS, "portable")
 
-# Tokens that a GEMM tile takes, for a few rows and for many: what the registers hold twice (integers and totals of 16 lanes).
-# u4, TOPS per thread of a Zen 5 core by tile: avx512vnni 8: 0.81; avxvnni 2: 0.41, 4: 0.43, 8: 0.20; avx2 2: 0.20, 4: 0.24, 8: 0.23.
+# Tokens that a GEMM tile takes, for a few rows and for many: what the registers hold twice (integers and
+# totals of 16 lanes). u4, TOPS per thread of a Zen 5 core by tile: avx512vnni 8: 0.81; avxvnni 2: 0.41, 4:
+# 0.43, 8: 0.20; avx2 2: 0.20, 4: 0.24, 8: 0.23.
 TILES = {"avx512vnni": (4, 8), "avxvnni": (4, 4), "avx2": (4, 4), "neondot": (2, 2), "portable": (4, 8)}
 
 
@@ -43,7 +46,9 @@ def effective_features() -> set[str]:
 def available() -> tuple[str, ...]:
     """Levels that this process can run, best first; always ends with "portable"."""
     machine = platform.machine().lower()
-    needs = X86_NEEDS if machine in ("x86_64", "amd64") else ARM_NEEDS if machine in ("arm64", "aarch64") else {}
+    needs = (
+        X86_NEEDS if machine in ("x86_64", "amd64") else ARM_NEEDS if machine in ("arm64", "aarch64") else {}
+    )
     features = effective_features()
     if machine == "arm64" and platform.system() == "Darwin":
         features = features | {"dotprod"}  # every Apple M has it; older LLVMs do not list it
@@ -64,7 +69,9 @@ class _Level:
 
     def set(self, name: str) -> None:
         if name not in available():
-            raise InputError(f"PYINFER_SIMD={name!r} is not one of {', '.join(available())} (what this processor has)")
+            raise InputError(
+                f"PYINFER_SIMD={name!r} is not one of {', '.join(available())} (what this processor has)"
+            )
         self._name = name
 
 

@@ -1,9 +1,8 @@
 """LLVM vectors as opaque Numba values, and the few emitters that all words share.
 
-A *vector* is 16 lanes of float32 or int32, or 64 bytes; a *tile* is T vectors of 16 lanes, one per token of a GEMM tile. Both live in
-registers as locals of a kernel. Addresses are int64.
+A *vector* is 16 lanes of float32 or int32, or 64 bytes; a *tile* is T vectors of 16 lanes, one per token of a
+GEMM tile. Both live in registers as locals of a kernel. Addresses are int64.
 """
-
 
 from __future__ import annotations
 

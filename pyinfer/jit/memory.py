@@ -1,7 +1,7 @@
 """Words that read and write raw memory: kernels see addresses (int64), never array objects.
 
-Typed pointers index like arrays: `x = f32_at(address); x[3]`. Halves travel as their bits; `half_to_float` and
-`float_to_half` convert with the rounding of IEEE 754 (nearest, ties to even).
+Typed pointers index like arrays: `x = f32_at(address); x[3]`. Halves travel as their bits; `half_to_float`
+and `float_to_half` convert with the rounding of IEEE 754 (nearest, ties to even).
 """
 
 from __future__ import annotations

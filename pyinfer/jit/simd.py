@@ -137,4 +137,6 @@ def sum_i32x16(typingctx, value):
 @intrinsic
 def store_i8x16(typingctx, address, value):
     """Write the low bytes of 16 integers."""
-    return word(types.void, lambda b, a, v: store(b, b.trunc(v, ir.VectorType(I8, 16)), a), types.int64, i32x16)
+    return word(
+        types.void, lambda b, a, v: store(b, b.trunc(v, ir.VectorType(I8, 16)), a), types.int64, i32x16
+    )

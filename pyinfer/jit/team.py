@@ -1,9 +1,10 @@
 """A team of threads that runs a whole program in one nogil call and meets at spin barriers.
 
-The caller is thread 0. The others spin between steps for a moment (decode steps follow each other within 0.1 ms), then park on a
-semaphore. Barriers spin, then yield, so that a busy machine slows a team down instead of stopping it; a step in which threads
-waited for one that did not run makes the team shrink for a while (`_Size`). Numba's threading layers are not used: a region costs them 1-100 us and
-workqueue aborts the process when two threads enter it.
+The caller is thread 0. The others spin between steps for a moment (decode steps follow each other within 0.1
+ms), then park on a semaphore. Barriers spin, then yield, so that a busy machine slows a team down instead of
+stopping it; a step in which threads waited for one that did not run makes the team shrink for a while
+(`_Size`). Numba's threading layers are not used: a region costs them 1-100 us and workqueue aborts the
+process when two threads enter it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from pyinfer.jit.memory import i64_at
 
 # Words of the shared block, one cache line apart: 64 bytes.
 ARRIVED, GENERATION, NEXT_ITEM, JOB, WAITED, WORKERS = (64 * k for k in range(6))
-MOST_THREADS = 256  # the job word is number * MOST_THREADS + threads taking part, so that both are read at once
+MOST_THREADS = (
+    256  # the job word is number * MOST_THREADS + threads taking part, so that both are read at once
+)
 SPINNING, PARKED, LEAVING = 0, 1, 2
 
 # Fields of an instruction, int64 each.
@@ -42,7 +45,9 @@ IDLE_SPINS = 60_000  # about 0.5-2 ms
 
 @inline
 def _barrier(shared, threads):
-    """Wait until every thread is here. The last one resets the item counter for the next dynamic instruction."""
+    """Wait until every thread is here. The last one resets the item counter for the next dynamic
+    instruction.
+    """
     generation = atomic_load(shared + GENERATION)
     if atomic_add(shared + ARRIVED, 1) == threads - 1:
         atomic_store(shared + ARRIVED, 0)
@@ -66,7 +71,11 @@ def _run(shared, program, count, step, thread, threads):
     instructions = i64_at(program)
     for k in range(count):
         base = k * FIELDS
-        kernel, operands, items = instructions[base], instructions[base + OPERANDS], instructions[base + ITEMS]
+        kernel, operands, items = (
+            instructions[base],
+            instructions[base + OPERANDS],
+            instructions[base + ITEMS],
+        )
         mode = instructions[base + MODE]
         if mode == EVERY_THREAD:
             call_kernel(kernel, operands, step, 0, items, thread)
@@ -97,7 +106,9 @@ def _publish(shared, program, count, step, threads):
 
 @routine
 def _lead(shared, program, count, step, threads):
-    """Thread 0 takes part; returns the fraction of the team's time that was lost to long waits at barriers."""
+    """Thread 0 takes part; returns the fraction of the team's time that was lost to long waits at
+    barriers.
+    """
     if threads == 1:
         _run(shared, program, count, step, 0, threads)
         return 0.0
@@ -152,8 +163,9 @@ def _leave(shared, thread):
 class _Size:
     """How many threads take part now: fewer while a core is taken by others, all again after.
 
-    A step is *contended* when threads spent a quarter of their time waiting for one that did not run. After two in a row the team
-    loses a thread for a hold time that doubles with every failed attempt to grow back (0.1 s to 1.6 s).
+    A step is *contended* when threads spent a quarter of their time waiting for one that did not run. After
+    two in a row the team loses a thread for a hold time that doubles with every failed attempt to grow back
+    (0.1 s to 1.6 s).
     """
 
     FIRST_HOLD, LAST_HOLD = 0.1, 1.6
@@ -213,7 +225,9 @@ class Team:
 
     def _start(self) -> None:
         for thread in range(1, self.n_threads):
-            worker = threading.Thread(target=self._work, args=(thread,), daemon=True, name=f"pyinfer-{thread}")
+            worker = threading.Thread(
+                target=self._work, args=(thread,), daemon=True, name=f"pyinfer-{thread}"
+            )
             worker.start()
             self._threads.append(worker)
 

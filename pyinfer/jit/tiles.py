@@ -1,4 +1,6 @@
-"""The SIMD vocabulary on tiles: T vectors of 16 lanes, one per token (or attention entry) that shares a load."""
+"""The SIMD vocabulary on tiles: T vectors of 16 lanes, one per token (or attention entry) that shares a
+load.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def tile_splat_i32(typingctx, tokens, address, shift):
         tile = ir.Constant(result.llvm, ir.Undefined)
         for t in range(result.tokens):
             value = load(builder, args[1], I32, 4 * t)
-            tile = builder.insert_value(tile, splat(builder, builder.shl(value, I32(bits)) if bits else value), t)
+            tile = builder.insert_value(
+                tile, splat(builder, builder.shl(value, I32(bits)) if bits else value), t
+            )
         return tile
 
     return result(tokens, types.int64, shift), generate
@@ -79,7 +83,9 @@ def tile_add_scaled(typingctx, total, acc, scale, address):
 
         def step(t, value):
             factor = builder.fmul(scale_, splat(builder, load(builder, address_, F32, 4 * t)))
-            return multiply_add(builder, builder.sitofp(builder.extract_value(integers, t), f32x16.llvm), factor, value)
+            return multiply_add(
+                builder, builder.sitofp(builder.extract_value(integers, t), f32x16.llvm), factor, value
+            )
 
         return _each(builder, tile, step)
 

@@ -21,10 +21,14 @@ def names() -> list[str]:
 
 
 def build_program(file: GGUFFile) -> tuple[HParams, Program]:
-    """Hyperparameters and program of an open file. Raises UnsupportedError that lists the known architectures."""
+    """Hyperparameters and program of an open file. Raises UnsupportedError that lists the known
+    architectures.
+    """
     architecture = file.architecture
     if architecture not in names():
-        raise UnsupportedError(f"{file.path}: architecture {architecture!r} is not supported; supported are {', '.join(names())}")
+        raise UnsupportedError(
+            f"{file.path}: architecture {architecture!r} is not supported; supported are {', '.join(names())}"
+        )
     family = import_module(f"pyinfer.models.{architecture}")
     hp = family.hparams(file)
     return hp, family.build(Builder(file), hp, Weights(file))

@@ -1,7 +1,8 @@
-"""gemma3 (text): embeddings scaled by the root of their width, norms around both sublayers, q and k normalized per head.
+"""gemma3 (text): embeddings scaled by the root of their width, norms around both sublayers, q and k
+normalized per head.
 
-Every sixth layer sees everything and rotates with freq_base (scaled); the others see the last `sliding_window` positions and rotate with
-base 10000. The norms' +1 is already in the file's weights.
+Every sixth layer sees everything and rotates with freq_base (scaled); the others see the last
+`sliding_window` positions and rotate with base 10000. The norms' +1 is already in the file's weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pyinfer.program.rope import Rope
 
 LAYERS_PER_GLOBAL = 6
 LOCAL_FREQ_BASE = 10000.0
-BLOCKS_27B = 62  # the one size whose queries are scaled by width / heads, not by the head size; no key says so
+BLOCKS_27B = (
+    62  # the one size whose queries are scaled by width / heads, not by the head size; no key says so
+)
 
 
 def hparams(file: GGUFFile) -> HParams:

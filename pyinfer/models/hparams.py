@@ -1,4 +1,6 @@
-"""Hyperparameters as the file's metadata says them; all guessing about missing keys happens here and nowhere else."""
+"""Hyperparameters as the file's metadata says them; all guessing about missing keys happens here and nowhere
+else.
+"""
 
 from __future__ import annotations
 
@@ -46,15 +48,27 @@ class Keys:
         if isinstance(value, (list, np.ndarray)) and len(value) and all(v == value[0] for v in value):
             value = value[0]  # one number per layer, all equal
         if isinstance(value, (list, np.ndarray)):
-            raise UnsupportedError(f"{self.file.path}: {self.name(template)} differs from layer to layer, which is not supported")
+            raise UnsupportedError(
+                f"{self.file.path}: {self.name(template)} differs from layer to layer, which is not supported"
+            )
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise FormatError(f"{self.file.path}: {self.name(template)} is {value!r}, expected an integer from {low} to {high}")
+            raise FormatError(
+                f"{self.file.path}: {self.name(template)} is {value!r}, "
+                f"expected an integer from {low} to {high}"
+            )
         return int(value)
 
     def number(self, template: str, default: float | None, low: float, high: float) -> float:
         value = self._value(template, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
-            raise FormatError(f"{self.file.path}: {self.name(template)} is {value!r}, expected a number from {low:g} to {high:g}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float, np.number))
+            or not low <= value <= high
+        ):
+            raise FormatError(
+                f"{self.file.path}: {self.name(template)} is {value!r}, "
+                f"expected a number from {low:g} to {high:g}"
+            )
         return float(value)
 
     def text(self, template: str, default: str) -> str:
@@ -64,7 +78,11 @@ class Keys:
         return value
 
     def _value(self, template: str, default):
-        return self.file.require(self.name(template)) if default is None else self.file.get(self.name(template), default)
+        return (
+            self.file.require(self.name(template))
+            if default is None
+            else self.file.get(self.name(template), default)
+        )
 
 
 def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
@@ -75,14 +93,19 @@ def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
     head_count_kv = keys.integer(names.HEAD_COUNT_KV, head_count, 1, head_count)
     key_length = keys.integer(names.KEY_LENGTH, max(1, embedding_length // head_count), 1, 4096)
     if keys.integer(names.VALUE_LENGTH, key_length, 1, 4096) != key_length:
-        raise UnsupportedError(f"{file.path}: {keys.name(names.VALUE_LENGTH)} differs from key_length {key_length}, which is not supported")
+        raise UnsupportedError(
+            f"{file.path}: {keys.name(names.VALUE_LENGTH)} differs from key_length {key_length}, "
+            "which is not supported"
+        )
     if key_length % 16 or head_count % head_count_kv:
         raise UnsupportedError(
-            f"{file.path}: heads of {key_length} elements, {head_count} of them for {head_count_kv} kv heads; supported are "
-            "multiples of 16, and a whole number of heads per kv head"
+            f"{file.path}: heads of {key_length} elements, {head_count} of them for {head_count_kv} kv heads; "
+            "supported are multiples of 16, and a whole number of heads per kv head"
         )
     if keys.integer(names.EXPERT_COUNT, 0, 0, 1 << 16):
-        raise UnsupportedError(f"{file.path}: {keys.name(names.EXPERT_COUNT)} is not 0; mixtures of experts are not supported")
+        raise UnsupportedError(
+            f"{file.path}: {keys.name(names.EXPERT_COUNT)} is not 0; mixtures of experts are not supported"
+        )
     embedding = file.tensors.get(names.weight(names.TOKEN_EMBD))
     if embedding is None or len(embedding.shape) < 2:
         raise FormatError(f"{file.path}: tensor token_embd.weight is missing or no matrix")
@@ -107,27 +130,40 @@ def _read_rope(keys: Keys, key_length: int, context_length: int, neox: bool) -> 
     file = keys.file
     dimension_count = keys.integer(names.ROPE_DIMENSION_COUNT, key_length, 2, key_length)
     if dimension_count % 2:
-        raise FormatError(f"{file.path}: {keys.name(names.ROPE_DIMENSION_COUNT)} is {dimension_count}, expected an even number")
+        raise FormatError(
+            f"{file.path}: {keys.name(names.ROPE_DIMENSION_COUNT)} is {dimension_count}, "
+            "expected an even number"
+        )
     scaling_type = keys.text(names.ROPE_SCALING_TYPE, "none")
     if scaling_type not in ("none", "linear", "yarn"):
-        raise UnsupportedError(f"{file.path}: {keys.name(names.ROPE_SCALING_TYPE)} is {scaling_type!r}, supported are none, linear, yarn")
+        raise UnsupportedError(
+            f"{file.path}: {keys.name(names.ROPE_SCALING_TYPE)} is {scaling_type!r}, "
+            "supported are none, linear, yarn"
+        )
     factors: tuple[float, ...] = ()
     tensor = file.tensors.get(names.weight(names.ROPE_FREQS))
     if tensor is not None:
         if tensor.type != names.GGMLType.F32 or tensor.shape != (dimension_count // 2,):
-            raise FormatError(f"{file.path}: rope_freqs.weight is {tensor.type.name} {list(tensor.shape)}, expected F32 [{dimension_count // 2}]")
+            raise FormatError(
+                f"{file.path}: rope_freqs.weight is {tensor.type.name} {list(tensor.shape)}, "
+                f"expected F32 [{dimension_count // 2}]"
+            )
         values = tensor.data.view(np.float32).astype(np.float64)
         if not (np.isfinite(values) & (values > 0)).all():
             raise FormatError(f"{file.path}: rope_freqs.weight holds a number that is not above 0")
         factors = tuple(values.tolist())
-    factor = keys.number(names.ROPE_SCALING_FACTOR, 0.0, 0.0, 1e6) or keys.number(names.ROPE_SCALE_LINEAR, 1.0, 1e-6, 1e6)
+    factor = keys.number(names.ROPE_SCALING_FACTOR, 0.0, 0.0, 1e6) or keys.number(
+        names.ROPE_SCALE_LINEAR, 1.0, 1e-6, 1e6
+    )
     return Rope(
         dimension_count=dimension_count,
         freq_base=keys.number(names.ROPE_FREQ_BASE, 10000.0, 1.0, 1e12),
         neox=neox,
         scaling_type=scaling_type,
         scaling_factor=factor,
-        original_context_length=keys.integer(names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH, context_length, 1, 1 << 31),
+        original_context_length=keys.integer(
+            names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH, context_length, 1, 1 << 31
+        ),
         attn_factor=keys.number(names.ROPE_SCALING_ATTN_FACTOR, 1.0, 0.0, 1e3),
         factors=factors,
     )

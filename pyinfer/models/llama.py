@@ -1,4 +1,6 @@
-"""llama: Llama 1 to 3 (rope scaling included), Mistral, TinyLlama, SmolLM2. Rotates neighbours; its q and k rows are permuted for that."""
+"""llama: Llama 1 to 3 (rope scaling included), Mistral, TinyLlama, SmolLM2. Rotates neighbours; its q and k
+rows are permuted for that.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
         k = b.linear(h, layer.attn_k, kv_heads * size)
         v = b.linear(h, layer.attn_v, kv_heads * size)
         q, k = b.rope(q, hp.rope, heads), b.rope(k, hp.rope, kv_heads)
-        a = b.attend(index, q, k, v, heads=heads, kv_heads=kv_heads, scale=size**-0.5, window=hp.sliding_window)
+        a = b.attend(
+            index, q, k, v, heads=heads, kv_heads=kv_heads, scale=size**-0.5, window=hp.sliding_window
+        )
         x = b.add(x, b.linear(a, layer.attn_output, hp.embedding_length))
         h = b.rms_norm(x, layer.ffn_norm, epsilon)
         x = b.add(x, b.ffn(h, layer, "silu", hp.feed_forward_length))

@@ -1,4 +1,6 @@
-"""qwen2: Qwen 2 and 2.5. As llama, but q, k and v have biases (found in the file) and rotation pairs halves."""
+"""qwen2: Qwen 2 and 2.5. As llama, but q, k and v have biases (found in the file) and rotation pairs
+halves.
+"""
 
 from __future__ import annotations
 

@@ -22,13 +22,17 @@ class Weight:
     def __init__(self, file: GGUFFile, name: str, block: int | None = None) -> None:
         full = names.weight(name, block)
         if full not in file.tensors:
-            raise FormatError(f"{file.path}: tensor {full} is missing, architecture {file.architecture} needs it")
+            raise FormatError(
+                f"{file.path}: tensor {full} is missing, architecture {file.architecture} needs it"
+            )
         self.tensor = file.tensors[full]
         self.bias = file.tensors.get(names.bias(name, block))
 
 
 class Weights:
-    """The tensors of a model, or of one block, by their names on disk: `w.token_embd`, `w.layers[3].attn_q`."""
+    """The tensors of a model, or of one block, by their names on disk: `w.token_embd`,
+    `w.layers[3].attn_q`.
+    """
 
     def __init__(self, file: GGUFFile, block: int | None = None) -> None:
         self._file, self._block = file, block
@@ -52,7 +56,14 @@ class Builder:
         self._values = 0
         self._cache: Cache | None = None
 
-    def _emit(self, name: str, inputs: tuple[Value, ...], width: int | None, weight: Weight | None = None, **params: Any) -> Value:
+    def _emit(
+        self,
+        name: str,
+        inputs: tuple[Value, ...],
+        width: int | None,
+        weight: Weight | None = None,
+        **params: Any,
+    ) -> Value:
         output = None
         if width is not None:
             output = Value(self._values, width)
@@ -66,14 +77,19 @@ class Builder:
         while len(found) > len(expected) and found[-1] == 1:
             found = found[:-1]
         if found != expected:
-            raise FormatError(f"{self._file.path}: {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} ({what})")
+            raise FormatError(
+                f"{self._file.path}: {tensor.name} has shape {list(tensor.shape)}, "
+                f"expected {list(expected)} ({what})"
+            )
 
     def _vector(self, tensor: Tensor | None, length: int, what: str) -> None:
         if tensor is None:
             return
         self._check(tensor, (length,), what)
         if tensor.type not in (names.GGMLType.F32, names.GGMLType.F16, names.GGMLType.BF16):
-            raise UnsupportedError(f"{self._file.path}: {tensor.name} is {tensor.type.name}, vectors are F32, F16 or BF16")
+            raise UnsupportedError(
+                f"{self._file.path}: {tensor.name} is {tensor.type.name}, vectors are F32, F16 or BF16"
+            )
 
     def embed(self, weight: Weight, width: int, scale: float = 1.0) -> Value:
         vocabulary = weight.tensor.rows
@@ -88,22 +104,44 @@ class Builder:
         """`width` is the number of outputs that the family expects."""
         self._check(weight.tensor, (x.width, width), "inputs, outputs")
         if x.width > MOST_COLUMNS:
-            raise UnsupportedError(f"{self._file.path}: {weight.tensor.name} has {x.width} columns, at most {MOST_COLUMNS} are supported")
+            raise UnsupportedError(
+                f"{self._file.path}: {weight.tensor.name} has {x.width} columns, "
+                f"at most {MOST_COLUMNS} are supported"
+            )
         self._vector(weight.bias, width, "one bias per output")
         return self._emit("linear", (x,), width, weight)
 
     def rope(self, x: Value, rope: Rope, heads: int) -> Value:
         return self._emit("rope", (x,), x.width, rope=rope, heads=heads)
 
-    def attend(self, layer: int, q: Value, k: Value, v: Value, *, heads: int, kv_heads: int, scale: float, window: int = 0) -> Value:
+    def attend(
+        self,
+        layer: int,
+        q: Value,
+        k: Value,
+        v: Value,
+        *,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int = 0,
+    ) -> Value:
         """Store k and v of this step, then attend to everything stored; window > 0 limits the view."""
         head_size = q.width // heads
         if self._cache is not None and (self._cache.kv_heads, self._cache.head_size) != (kv_heads, head_size):
-            raise UnsupportedError(f"{self._file.path}: layer {layer} has another KV head shape than the layers before")
+            raise UnsupportedError(
+                f"{self._file.path}: layer {layer} has another KV head shape than the layers before"
+            )
         self._cache = Cache(max(layer + 1, self._cache.layers if self._cache else 0), kv_heads, head_size)
         self._emit("store", (k, v), None, layer=layer, kv_heads=kv_heads)
-        return self._emit("attend", (q,), q.width, layer=layer, heads=heads, kv_heads=kv_heads, head_size=head_size, scale=scale,
-                          window=window)  # fmt: skip
+        params = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_size": head_size,
+            "scale": scale,
+            "window": window,
+        }
+        return self._emit("attend", (q,), q.width, layer=layer, **params)
 
     def gate(self, activation: str, g: Value, u: Value) -> Value:
         return self._emit("gate", (g, u), g.width, activation=activation)
@@ -112,7 +150,9 @@ class Builder:
         return self._emit("add", (a, b), a.width)
 
     def ffn(self, x: Value, layer: Weights, activation: str, width: int) -> Value:
-        """A gated feed-forward layer: down(activation(gate x) * up x). Dense here; placement is decided in this one method."""
+        """A gated feed-forward layer: down(activation(gate x) * up x). Dense here; placement is decided in
+        this one method.
+        """
         g, u = self.linear(x, layer.ffn_gate, width), self.linear(x, layer.ffn_up, width)
         return self.linear(self.gate(activation, g, u), layer.ffn_down, x.width)
 
@@ -121,5 +161,7 @@ class Builder:
 
     def finish(self, logits: Value) -> Program:
         if self._cache is None or self._ops[-1].output != logits or self._ops[-1].name != "linear":
-            raise AssertionError("a program attends at least once and ends with the linear that makes the logits")
+            raise AssertionError(
+                "a program attends at least once and ends with the linear that makes the logits"
+            )
         return Program(tuple(self._ops), self._cache, logits.width)

@@ -1,7 +1,7 @@
 """A model as a flat list of operations over named values: what you see is what runs.
 
-A family builds it once at load time (`pyinfer.program.builder`); three executors run it: `reference` (NumPy float64, the definition),
-`cpu`, later `cuda`. It holds names and shapes, never weights.
+A family builds it once at load time (`pyinfer.program.builder`); three executors run it: `reference` (NumPy
+float64, the definition), `cpu`, later `cuda`. It holds names and shapes, never weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: `name` of the vocabulary, inputs, one output (None for `store`), weights, and what else it needs.
+    """One operation: `name` of the vocabulary, inputs, one output (None for `store`), weights, and what else
+    it needs.
 
     The vocabulary, with x a row:
       embed(; weight) scale          the token's row of weight, times scale
@@ -33,8 +34,8 @@ class Op:
       linear(x; weight)              weight @ x, plus the weight's bias if there is one
       rope(x) rope heads             every head rotated by the row's position
       store(k, v) layer kv_heads     write the row to the KV cache at its position
-      attend(q) layer heads kv_heads head_size scale window   softmax(q . k * scale) v over the positions so far (window > 0: the last ones)
-      gate(g, u) activation          activation(g) * u
+      attend(q) layer heads kv_heads head_size scale window   softmax(q . k * scale) v over the positions so
+      far (window > 0: the last ones) gate(g, u) activation          activation(g) * u
       add(a, b)                      a + b
       select(x)                      only the rows whose logits are wanted
     """
@@ -49,8 +50,11 @@ class Op:
     def __str__(self) -> str:
         given = ", ".join([str(value) for value in self.inputs] + ([self.weight.name] if self.weight else []))
         bias = f" + {self.bias.name}" if self.bias else ""
-        params = "".join(f" {key}={value:g}" if isinstance(value, float) else f" {key}={value}" for key, value in self.params.items()
-                         if key != "rope")  # fmt: skip
+        shown = {key: value for key, value in self.params.items() if key != "rope"}
+        params = "".join(
+            f" {key}={value:g}" if isinstance(value, float) else f" {key}={value}"
+            for key, value in shown.items()
+        )
         left = f"{self.output}[{self.output.width}] = " if self.output else ""
         return f"{left}{self.name}({given}){bias}{params}"
 
@@ -74,7 +78,9 @@ class Program:
 
     def weights(self) -> list[Tensor]:
         """Matrices in the order in which the program reads them, each once."""
-        return list({op.weight.name: op.weight for op in self.ops if op.name == "linear" and op.weight}.values())
+        return list(
+            {op.weight.name: op.weight for op in self.ops if op.name == "linear" and op.weight}.values()
+        )
 
     def __str__(self) -> str:
         return "\n".join(str(op) for op in self.ops)

@@ -1,6 +1,8 @@
-"""The definition: a program run with NumPy in float64, one operation after the other, nothing fused, nothing fast.
+"""The definition: a program run with NumPy in float64, one operation after the other, nothing fused, nothing
+fast.
 
-Other executors are compared with this one. It shares no code with them; how tensors become numbers is given by the caller.
+Other executors are compared with this one. It shares no code with them; how tensors become numbers is given
+by the caller.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ ACTIVATIONS = {
 
 
 class Reference:
-    """Runs steps of (token, position, sequence) rows; `dequantize(tensor)` gives float64 [rows, columns] or [n]."""
+    """Runs steps of (token, position, sequence) rows; `dequantize(tensor)` gives float64 [rows, columns] or
+    [n].
+    """
 
     def __init__(self, program: Program, dequantize: Callable[[Tensor], np.ndarray], n_ctx: int) -> None:
         self.program, self._n_ctx = program, n_ctx
@@ -62,7 +66,11 @@ class Reference:
         half = rope.dimension_count // 2
         heads = x.reshape(len(x), op.params["heads"], -1)
         out = heads.copy()
-        first, second = (slice(0, half), slice(half, 2 * half)) if rope.neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        first, second = (
+            (slice(0, half), slice(half, 2 * half))
+            if rope.neox
+            else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        )
         out[..., first] = heads[..., first] * cos - heads[..., second] * sin
         out[..., second] = heads[..., second] * cos + heads[..., first] * sin
         return out.reshape(x.shape)
@@ -79,7 +87,9 @@ class Reference:
         for row, (position, sequence) in enumerate(zip(rows[1], rows[2])):
             stored = self._cache[op.params["layer"], int(sequence)]
             seen = range(max(0, position - window + 1) if window else 0, position + 1)
-            keys, values = (np.stack([stored[p][part] for p in seen], 1).repeat(heads // kv_heads, 0) for part in (0, 1))
+            keys, values = (
+                np.stack([stored[p][part] for p in seen], 1).repeat(heads // kv_heads, 0) for part in (0, 1)
+            )
             scores = np.einsum("hc,hsc->hs", q[row].reshape(heads, -1), keys) * op.params["scale"]
             weights = np.exp(scores - scores.max(1, keepdims=True))
             out[row] = np.einsum("hs,hsc->hc", weights / weights.sum(1, keepdims=True), values)

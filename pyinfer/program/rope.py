@@ -1,6 +1,7 @@
 """Rotary position embedding: its parameters, and the table of cosines and sines that executors read.
 
-Source: RoFormer (Su et al. 2021); YaRN (Peng et al. 2023) with ggml's parameters; factors per frequency (rope_freqs) of Llama 3.
+Source: RoFormer (Su et al. 2021); YaRN (Peng et al. 2023) with ggml's parameters; factors per frequency
+(rope_freqs) of Llama 3.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class Rope:
     """What a family says about rotation. `dimension_count` elements of a head are rotated.
 
     neox: element i is paired with i + dimension_count / 2 (as in GPT-NeoX); otherwise neighbours are pairs.
-    scaling_type: none, linear or yarn, stretching the context by `scaling_factor`; factors: divisors per frequency, or ().
+    scaling_type: none, linear or yarn, stretching the context by `scaling_factor`; factors: divisors per
+    frequency, or ().
     """
 
     dimension_count: int
@@ -47,7 +49,9 @@ class Rope:
         return np.stack([np.cos(angles), np.sin(angles)], 2) * magnitude
 
     def _yarn_ramp(self, half: int) -> np.ndarray:
-        """1 for frequencies that turn often within the original context (kept), 0 for slow ones (interpolated)."""
+        """1 for frequencies that turn often within the original context (kept), 0 for slow ones
+        (interpolated).
+        """
 
         def dimension_of(turns: float) -> float:
             wavelength = self.original_context_length / (turns * 2 * math.pi)

@@ -1,12 +1,13 @@
 """GGUF tensor types: one file each, found by its name; a new file is a new type.
 
-A file says TYPE, LAYOUT, BLOCK, BLOCK_BYTES and `pack`, the kernel that turns blocks into panels (`pyinfer.quants.panels`).
+A file says TYPE, LAYOUT, BLOCK, BLOCK_BYTES and `pack`, the kernel that turns blocks into panels
+(`pyinfer.quants.panels`).
 """
 
 from __future__ import annotations
 
 import pkgutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from types import ModuleType
 
@@ -19,10 +20,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "panels")
 
 
-@lru_cache(maxsize=None)
+@cache
 def quant(type_: GGMLType) -> ModuleType:
     """The file of a tensor type. Raises UnsupportedError that lists the known ones."""
     name = type_.name.lower()
     if name not in names():
-        raise UnsupportedError(f"tensor type {type_.name} is not supported; supported are {', '.join(names())}")
+        raise UnsupportedError(
+            f"tensor type {type_.name} is not supported; supported are {', '.join(names())}"
+        )
     return import_module(f"pyinfer.quants.{name}")

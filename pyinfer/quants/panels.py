@@ -1,19 +1,24 @@
-"""The runtime layouts: what every GGUF tensor type is unpacked to, so that kernels are few and types are many.
+"""The runtime layouts: what every GGUF tensor type is unpacked to, so that kernels are few and types are
+many.
 
-A matrix [rows, columns] is cut into *panels* of 16 rows, and a quantized panel into *chunks* of two groups of columns. A chunk holds
+A matrix [rows, columns] is cut into *panels* of 16 rows, and a quantized panel into *chunks* of two groups of
+columns. A chunk holds
 
-    codes   group by group, per pair of quads (2 x 4 columns) 64 bytes: row r's four codes at bytes 4r..4r+3; 8-bit codes take 64 bytes
+    codes   group by group, per pair of quads (2 x 4 columns) 64 bytes: row r's four codes at bytes 4r..4r+3;
+    8-bit codes take 64 bytes
             per quad, 4-bit codes share them: the first quad in the low nibbles, the second in the high ones
     scales  2 x 16 halves: group by group, row by row
     minima  2 x 16 halves, when the layout has them
 
     value = scale * (code - zero) + minimum        zero: 8 for 4 bits, 128 for 8 bits, 0 with a minimum
 
-So one 64-byte load times four activations in all lanes is a step for 16 rows at once (one vpdpbusd), for one token or many, and a panel is one stream of whole
-cache lines (scales apart from codes: 22 instead of 30 GB/s per thread). A float panel is [columns][16] numbers. Rows are padded with zeros
-to 16, groups to an even number; panels begin at multiples of 64 bytes.
+So one 64-byte load times four activations in all lanes is a step for 16 rows at once (one vpdpbusd), for one
+token or many, and a panel is one stream of whole cache lines (scales apart from codes: 22 instead of 30 GB/s
+per thread). A float panel is [columns][16] numbers. Rows are padded with zeros to 16, groups to an even
+number; panels begin at multiples of 64 bytes.
 
-K-quants multiply a half by a 4 to 8 bit integer to get the scale of a group; here the product is rounded to a half (relative 2^-11).
+K-quants multiply a half by a 4 to 8 bit integer to get the scale of a group; here the product is rounded to a
+half (relative 2^-11).
 """
 
 from __future__ import annotations
@@ -81,10 +86,11 @@ OPERANDS = 5
 
 @inline
 def pack_codes(quad, scale, minimum, shape, operands, first, last):
-    """Panels [first, last) of a quantized type, from three functions of its file; shape = (block, block_bytes, bits, group).
+    """Panels [first, last) of a quantized type, from three functions of its file; shape = (block,
+    block_bytes, bits, group).
 
-    quad(block, i) -> the codes of elements 4 i .. 4 i + 3, one per byte; scale(block, g) and minimum(block, g) -> float32 of
-    group g; minimum may be None.
+    quad(block, i) -> the codes of elements 4 i .. 4 i + 3, one per byte; scale(block, g) and minimum(block,
+    g) -> float32 of group g; minimum may be None.
     """
     block, block_bytes, bits, group = shape
     given = i64_at(operands)
@@ -96,7 +102,9 @@ def pack_codes(quad, scale, minimum, shape, operands, first, last):
     for panel in range(first, last):
         target = given[TARGET] + panel * given[PANEL_STRIDE]
         row0 = given[SOURCE] + panel * PANEL_ROWS * row_bytes
-        for b in range(columns // block):  # all rows of a block before the next: what is written stays in the L1 cache
+        for b in range(
+            columns // block
+        ):  # all rows of a block before the next: what is written stays in the L1 cache
             for r in range(min(PANEL_ROWS, rows - panel * PANEL_ROWS)):
                 source = row0 + r * row_bytes + b * block_bytes
                 for g in range(groups):
@@ -139,7 +147,9 @@ def pack_floats(bits, operands, first, last):
 
 
 def values(layout: Layout, panels: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """float64 [rows, columns] of a matrix in panels (uint8): the definition of a layout, for the reference and tests."""
+    """float64 [rows, columns] of a matrix in panels (uint8): the definition of a layout, for the reference
+    and tests.
+    """
     count = panels_of(rows)
     panel = panels.reshape(count, layout.panel_bytes(columns))
     if layout.is_float:

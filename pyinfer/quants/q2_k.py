@@ -1,4 +1,5 @@
-"""Q2_K: 256 elements in 84 bytes: 16 x (4-bit scale, 4-bit minimum), 64 bytes of 2-bit codes, half d, half dmin.
+"""Q2_K: 256 elements in 84 bytes: 16 x (4-bit scale, 4-bit minimum), 64 bytes of 2-bit codes, half d, half
+dmin.
 
 value = d s q - dmin m in groups of 16. Source: ggml-quants.c, dequantize_row_q2_K.
 """

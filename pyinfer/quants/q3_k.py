@@ -1,6 +1,8 @@
-"""Q3_K: 256 elements in 110 bytes: 32 bytes of third bits, 64 of 2-bit codes, 12 of sixteen 6-bit scales, half d.
+"""Q3_K: 256 elements in 110 bytes: 32 bytes of third bits, 64 of 2-bit codes, 12 of sixteen 6-bit scales,
+half d.
 
-value = d (s - 32) (q - 4) in groups of 16; kept as 4-bit codes q + 4. Source: ggml-quants.c, dequantize_row_q3_K.
+value = d (s - 32) (q - 4) in groups of 16; kept as 4-bit codes q + 4. Source: ggml-quants.c,
+dequantize_row_q3_K.
 """
 
 from numpy import float32

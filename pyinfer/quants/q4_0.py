@@ -1,4 +1,5 @@
-"""Q4_0: 32 elements in 18 bytes: half scale, 16 bytes of nibbles (elements 0-15 low, 16-31 high); value = d (q - 8).
+"""Q4_0: 32 elements in 18 bytes: half scale, 16 bytes of nibbles (elements 0-15 low, 16-31 high); value = d
+(q - 8).
 
 Source: ggml-quants.c, dequantize_row_q4_0.
 """

@@ -1,4 +1,5 @@
-"""Q4_K: 256 elements in 144 bytes: half d, half dmin, 12 bytes of eight 6-bit (scale, minimum), 128 bytes of nibbles.
+"""Q4_K: 256 elements in 144 bytes: half d, half dmin, 12 bytes of eight 6-bit (scale, minimum), 128 bytes of
+nibbles.
 
 value = d s q - dmin m in groups of 32. Source: ggml-quants.c, dequantize_row_q4_K and get_scale_min_k4.
 """

@@ -1,4 +1,5 @@
-"""Q5_1: 32 elements in 24 bytes: half scale, half minimum, 32 fifth bits, 16 bytes of nibbles; value = d q + m.
+"""Q5_1: 32 elements in 24 bytes: half scale, half minimum, 32 fifth bits, 16 bytes of nibbles; value = d q +
+m.
 
 Source: ggml-quants.c, dequantize_row_q5_1.
 """

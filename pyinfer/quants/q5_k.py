@@ -1,4 +1,5 @@
-"""Q5_K: 256 elements in 176 bytes: as Q4_K, with 32 bytes of fifth bits before the nibbles; value = d s q - dmin m.
+"""Q5_K: 256 elements in 176 bytes: as Q4_K, with 32 bytes of fifth bits before the nibbles; value = d s q -
+dmin m.
 
 Source: ggml-quants.c, dequantize_row_q5_K.
 """

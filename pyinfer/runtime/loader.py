@@ -47,7 +47,9 @@ class Model:
 
 
 def load_model(path: str | Path, *, progress: Progress | None = None) -> Model:
-    """Read a GGUF file. Raises FormatError, UnsupportedError, ModelNotFoundError or CapacityError; progress(done, total) in bytes."""
+    """Read a GGUF file. Raises FormatError, UnsupportedError, ModelNotFoundError or CapacityError;
+    progress(done, total) in bytes.
+    """
     file = open_gguf(path)
     team = Team(default_threads())
     try:

@@ -11,11 +11,17 @@ from pyinfer.errors import CapacityError, ContextFullError, InputError
 from pyinfer.jit.team import MOST_THREADS, Team
 from pyinfer.runtime.loader import Model, default_threads
 
-CHUNK_ROWS, CHUNK_ROWS_LARGE, LARGE_BYTES = 512, 128, 1 << 30  # a chunk cannot be cancelled: it should take a second or two
+CHUNK_ROWS, CHUNK_ROWS_LARGE, LARGE_BYTES = (
+    512,
+    128,
+    1 << 30,
+)  # a chunk cannot be cancelled: it should take a second or two
 
 
 class Session:
-    """KV caches for `n_sequences` sequences of `n_ctx` tokens. Not for several threads at once: the caller locks."""
+    """KV caches for `n_sequences` sequences of `n_ctx` tokens. Not for several threads at once: the caller
+    locks.
+    """
 
     def __init__(self, model: Model, n_ctx: int, n_threads: int | None = None, n_sequences: int = 1) -> None:
         if n_ctx < 1:
@@ -33,7 +39,10 @@ class Session:
         try:
             self._executor = Executor(model.program, model.weights, self._team, n_ctx, n_sequences, capacity)
         except MemoryError as error:
-            raise CapacityError(f"no memory for a context of {n_ctx} tokens ({n_sequences} times): {error}; use a smaller n_ctx") from error
+            raise CapacityError(
+                f"no memory for a context of {n_ctx} tokens ({n_sequences} times): {error}; "
+                "use a smaller n_ctx"
+            ) from error
         self._lengths = [0] * n_sequences
 
     @property
@@ -46,7 +55,9 @@ class Session:
 
     def _check(self, tokens: np.ndarray) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.n_vocab:
-            raise InputError(f"token ids are {tokens.min()} to {tokens.max()}, expected 0 to {self.n_vocab - 1}")
+            raise InputError(
+                f"token ids are {tokens.min()} to {tokens.max()}, expected 0 to {self.n_vocab - 1}"
+            )
 
     def prefill(
         self,
@@ -57,9 +68,11 @@ class Session:
         cancelled: Callable[[], bool] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray | None:
-        """Append tokens to a sequence; float32 [V] logits after the last, or [T, V]; None when cancelled between chunks.
+        """Append tokens to a sequence; float32 [V] logits after the last, or [T, V]; None when cancelled
+        between chunks.
 
-        Raises ContextFullError when they do not fit, InputError when there are none or an id is not in the vocabulary.
+        Raises ContextFullError when they do not fit, InputError when there are none or an id is not in the
+        vocabulary.
         """
         ids = np.asarray(tokens, np.int64)
         start, total = self._lengths[sequence], len(ids)
@@ -67,7 +80,10 @@ class Session:
             raise InputError("no tokens to evaluate, expected at least one")
         self._check(ids)
         if start + total > self.n_ctx:
-            raise ContextFullError(f"{start + total} tokens do not fit the context of {self.n_ctx}; use a larger one or fewer tokens")
+            raise ContextFullError(
+                f"{start + total} tokens do not fit the context of {self.n_ctx}; "
+                "use a larger one or fewer tokens"
+            )
         parts = []
         for first in range(0, total, self._executor.capacity):
             if cancelled is not None and cancelled():

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
-from pyinfer_convert.cli import main
-from pyinfer_convert.requantize import TYPES, requantize
 
 from pyinfer.errors import FormatError, InputError, UnsupportedError
+from pyinfer_convert.cli import main
+from pyinfer_convert.requantize import TYPES, requantize
 
 _MATRIX = "blk.0.attn_q.weight"
 _ODD = "blk.0.odd.weight"  # 40 columns: no whole number of blocks

@@ -1,4 +1,6 @@
-"""The ARM form of the dot product, on any machine: its assembly, and its arithmetic with `sdot` spelled out."""
+"""The ARM form of the dot product, on any machine: its assembly, and its arithmetic with `sdot` spelled
+out.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ def dot_ir(level: str, wide: bool) -> str:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4), "dot")
     builder = ir.IRBuilder(function.append_basic_block())
     acc, codes, x, out = function.args
-    loaded = [simd.load(builder, at, kind) for at, kind in ((acc, simd.i32x16.llvm), (codes, simd.u8x64.llvm), (x, simd.u8x64.llvm))]
+    loaded = [
+        simd.load(builder, at, kind)
+        for at, kind in ((acc, simd.i32x16.llvm), (codes, simd.u8x64.llvm), (x, simd.u8x64.llvm))
+    ]
     simd.store(builder, simd.DOTS[level](builder, *loaded, wide), out)
     builder.ret_void()
     return str(module)
@@ -60,7 +65,9 @@ def assembly(text: str, triple: str, cpu: str, features: str = "") -> str:
     return machine.emit_assembly(module)
 
 
-@pytest.mark.parametrize(("cpu", "features"), [("apple-m1", ""), ("cortex-a76", "+dotprod"), ("neoverse-v2", "")])
+@pytest.mark.parametrize(
+    ("cpu", "features"), [("apple-m1", ""), ("cortex-a76", "+dotprod"), ("neoverse-v2", "")]
+)
 @pytest.mark.parametrize(("wide", "instructions"), [(False, 4), (True, 12)])
 def test_the_arm_form_becomes_sdot(cpu, features, wide, instructions):
     found = assembly(dot_ir("neondot", wide), ARM, cpu, features)

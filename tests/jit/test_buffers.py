@@ -11,7 +11,9 @@ from pyinfer.errors import CapacityError
 from pyinfer.jit.buffers import HUGE_PAGE_BYTES, allocate
 
 
-@pytest.mark.parametrize("n_bytes", [1, 63, 64, 4097, HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES + 5])
+@pytest.mark.parametrize(
+    "n_bytes", [1, 63, 64, 4097, HUGE_PAGE_BYTES - 1, HUGE_PAGE_BYTES, 3 * HUGE_PAGE_BYTES + 5]
+)
 def test_buffers_are_zeroed_aligned_and_writable(n_bytes):
     made = allocate(n_bytes)
     assert made.dtype == np.uint8 and made.shape == (n_bytes,)

@@ -63,7 +63,9 @@ def environment(cache: Path) -> dict[str, str]:
 def run(blocks, cache: Path, tmp_path: Path, before: str = "") -> dict:
     """What the process says; its values must be right."""
     out = tmp_path / "values.npy"
-    done = subprocess.run(command(blocks, out, before), env=environment(cache), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(blocks, out, before), env=environment(cache), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     np.testing.assert_array_equal(np.load(out).astype(np.float32), blocks[1])
@@ -86,7 +88,9 @@ def cache(warm, tmp_path):
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(cache).as_posix(): path.read_bytes() for path in cache.rglob("*") if path.is_file()
+    }
 
 
 def test_the_next_process_compiles_nothing(blocks, cache, tmp_path):
@@ -107,7 +111,9 @@ DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
     "one byte short": lambda data: data[:-1],
     "zeros": lambda data: bytes(len(data)),
-    "a page of zeros": lambda data: data[: len(data) // 4] + bytes(len(data) // 2) + data[len(data) * 3 // 4 :],
+    "a page of zeros": lambda data: (
+        data[: len(data) // 4] + bytes(len(data) // 2) + data[len(data) * 3 // 4 :]
+    ),
     "noise": lambda data: np.random.default_rng(7).bytes(len(data)),
     "flipped bits": _flip,
 }
@@ -158,7 +164,10 @@ def test_a_full_disk_leaves_no_rubbish(blocks, tmp_path):
 def test_two_first_starts_at_once(blocks, tmp_path):
     cache, outs = tmp_path / "cache", [tmp_path / f"{number}.npy" for number in (0, 1)]
     started = [
-        subprocess.Popen(command(blocks, out), env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE) for out in outs
+        subprocess.Popen(
+            command(blocks, out), env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for out in outs
     ]
     for process, out in zip(started, outs):
         _, complaint = process.communicate(timeout=300)
@@ -169,12 +178,18 @@ def test_two_first_starts_at_once(blocks, tmp_path):
 
 def test_editing_any_compiled_source_changes_the_folder(tmp_path):
     """Also a helper in another file than the kernel, which stock Numba would not notice."""
-    package = shutil.copytree(Path(pyinfer.__file__).parent, tmp_path / "pyinfer", ignore=shutil.ignore_patterns("__pycache__"))
+    package = shutil.copytree(
+        Path(pyinfer.__file__).parent, tmp_path / "pyinfer", ignore=shutil.ignore_patterns("__pycache__")
+    )
     line = "from pyinfer.jit.kernel import cache_folder; print(cache_folder())"
 
     def folder(**changes: str) -> str:
-        made = config.child_environment(PYINFER_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path), **changes)
-        return subprocess.run([sys.executable, "-c", line], env=made, capture_output=True, text=True, check=True, timeout=300).stdout
+        made = config.child_environment(
+            PYINFER_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path), **changes
+        )
+        return subprocess.run(
+            [sys.executable, "-c", line], env=made, capture_output=True, text=True, check=True, timeout=300
+        ).stdout
 
     seen = [folder(), folder(PYINFER_SIMD="portable")]
     assert seen[0] == folder()
@@ -182,4 +197,4 @@ def test_editing_any_compiled_source_changes_the_folder(tmp_path):
         with (package / edited).open("a", encoding="utf-8") as file:
             file.write("\n# another line\n")
         seen.append(folder())
-    assert len(set(seen)) == len(seen) or seen[0] == seen[1] and len(set(seen)) == len(seen) - 1
+    assert len(set(seen)) == len(seen) or (seen[0] == seen[1] and len(set(seen)) == len(seen) - 1)

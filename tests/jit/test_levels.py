@@ -109,7 +109,14 @@ def test_a_processor_without_any_extension_runs_a_model(tmp_path, golden):
     environment.pop("PYINFER_SIMD", None)
     case = golden("llama")
     out = tmp_path / "logits.npy"
-    arguments = [sys.executable, "-c", OLD_PROCESSOR, str(case.path), str(case.path.with_suffix(".npz")), str(out)]
+    arguments = [
+        sys.executable,
+        "-c",
+        OLD_PROCESSOR,
+        str(case.path),
+        str(case.path.with_suffix(".npz")),
+        str(out),
+    ]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert np.abs(np.load(out) - case.logits[:5]).max() < 3e-3 * np.abs(case.logits).max()

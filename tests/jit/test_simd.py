@@ -67,7 +67,9 @@ def dots(codes, small_codes, x, start, wide_out, narrow_out):
 
 
 def _dot_cases(random, most):
-    """codes uint8 [CASES, 64] up to `most` and x int8 [CASES, 3, 32], of which each row's first four count."""
+    """codes uint8 [CASES, 64] up to `most` and x int8 [CASES, 3, 32], of which each row's first four
+    count.
+    """
     codes = random.integers(0, most + 1, (CASES, 64)).astype(np.uint8)
     x = random.integers(-127, 128, (CASES, 3, 32)).astype(np.int8)
     codes[0], x[0] = most, 127
@@ -161,7 +163,11 @@ def to_halves(source, target, n):
 
 def test_every_half_is_converted_as_numpy_does():
     bits = np.arange(1 << 16, dtype=np.uint16)
-    wide, back, brain = np.zeros(bits.size, np.float32), np.zeros(bits.size, np.uint16), np.zeros(bits.size, np.float32)
+    wide, back, brain = (
+        np.zeros(bits.size, np.float32),
+        np.zeros(bits.size, np.uint16),
+        np.zeros(bits.size, np.float32),
+    )
     halves(*(array.ctypes.data for array in (bits, wide, back, brain)), bits.size)
     expected = bits.view(np.float16).astype(np.float32)
     np.testing.assert_array_equal(wide, expected)
@@ -189,7 +195,9 @@ def tile_words(x, vector, factors, out):
     tile_store(tile_add_memory(tile_load(4, x, 64), x + 64, 64), out + 256, 64)
     tile_store(tile_add_vector(tile_load(4, x, 64), v), out + 512, 64)
     tile_store(tile_scale_rows(tile_load(4, x, 64), factors), out + 768, 64)
-    tile_store(tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(4, factors + 64, 0), v, factors), out + 1024, 64)
+    tile_store(
+        tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(4, factors + 64, 0), v, factors), out + 1024, 64
+    )
 
 
 def test_tile_words_equal_numpy():

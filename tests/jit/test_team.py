@@ -45,7 +45,13 @@ def add_step(operands, step, first, last, thread):
 
 def program(*instructions) -> np.ndarray:
     """Rows of (kernel, operands, items, mode); a barrier after each."""
-    return np.array([(kernel.address, operands.ctypes.data, items, mode, 1) for kernel, operands, items, mode in instructions], np.int64)
+    return np.array(
+        [
+            (kernel.address, operands.ctypes.data, items, mode, 1)
+            for kernel, operands, items, mode in instructions
+        ],
+        np.int64,
+    )
 
 
 @pytest.fixture(params=[1, 2, 3, 4])
@@ -105,7 +111,10 @@ def test_thousands_of_short_runs(team):
 
 
 def _parked(team: Team) -> bool:
-    words = [(team._address - team._shared.ctypes.data + team_module.WORKERS + 64 * k) // 8 for k in range(1, team.n_threads)]
+    words = [
+        (team._address - team._shared.ctypes.data + team_module.WORKERS + 64 * k) // 8
+        for k in range(1, team.n_threads)
+    ]
     return all(team._shared[word] == team_module.PARKED for word in words)
 
 

@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 
 from pyinfer.jit.buffers import allocate
-from pyinfer.quants import names, panels, quant
 from pyinfer.names import GGMLType
+from pyinfer.quants import names, panels, quant
 
 K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # their group scale is a product, rounded to a half
 
 
 def random_blocks(name, rows, columns, rng):
-    """Valid random bytes of a type: every code and scale occurs; halves are kept finite and of ordinary size."""
+    """Valid random bytes of a type: every code and scale occurs; halves are kept finite and of ordinary
+    size.
+    """
     type_ = gguf.GGMLQuantizationType[name.upper()]
     block, size = gguf.GGML_QUANT_SIZES[type_]
     if name in ("f32", "f16", "bf16"):
@@ -21,8 +23,18 @@ def random_blocks(name, rows, columns, rng):
             return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8).reshape(rows, -1)
         return values.astype(np.float16 if name == "f16" else np.float32).view(np.uint8).reshape(rows, -1)
     raw = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
-    for offset in {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}.get(name, (0,)):
-        halves = (rng.uniform(0.01, 0.1, raw.shape[:2]) * rng.choice([-1, 1], raw.shape[:2])).astype(np.float16)
+    for offset in {
+        "q4_1": (0, 2),
+        "q5_1": (0, 2),
+        "q2_k": (80, 82),
+        "q3_k": (108,),
+        "q4_k": (0, 2),
+        "q5_k": (0, 2),
+        "q6_k": (208,),
+    }.get(name, (0,)):
+        halves = (rng.uniform(0.01, 0.1, raw.shape[:2]) * rng.choice([-1, 1], raw.shape[:2])).astype(
+            np.float16
+        )
         raw[:, :, offset : offset + 2] = halves.view(np.uint8).reshape(*raw.shape[:2], 2)
     return raw.reshape(rows, -1)
 
@@ -31,7 +43,9 @@ def packed(name, raw, rows, columns):
     file = quant(GGMLType[name.upper()])
     source = np.ascontiguousarray(raw)
     target = allocate(file.LAYOUT.matrix_bytes(rows, columns))
-    operands = np.array([source.ctypes.data, target.ctypes.data, rows, columns, file.LAYOUT.panel_bytes(columns)])
+    operands = np.array(
+        [source.ctypes.data, target.ctypes.data, rows, columns, file.LAYOUT.panel_bytes(columns)]
+    )
     import ctypes
 
     call = ctypes.CFUNCTYPE(None, *([ctypes.c_int64] * 5))(file.pack.address)
@@ -56,4 +70,21 @@ def test_panels_equal_gguf(name, rows):
 
 
 def test_every_type_of_the_issue_is_there():
-    assert set(names()) == set("f32 f16 bf16 q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k iq4_nl".split())
+    assert set(names()) == set(
+        [
+            "f32",
+            "f16",
+            "bf16",
+            "q4_0",
+            "q4_1",
+            "q5_0",
+            "q5_1",
+            "q8_0",
+            "q2_k",
+            "q3_k",
+            "q4_k",
+            "q5_k",
+            "q6_k",
+            "iq4_nl",
+        ]
+    )

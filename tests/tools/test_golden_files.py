@@ -7,6 +7,7 @@ import json
 import gguf
 import numpy as np
 import pytest
+
 from pyinfer_tools.golden import _FOLDER, _MAX_BYTES, _TOKENS, GOLDEN
 from pyinfer_tools.golden_greedy import PROMPTS
 

@@ -10,10 +10,10 @@ import gguf_samples as samples
 import pytest
 from click.testing import CliRunner
 from gguf_samples import pair, raw_gguf, tensor, text
-from pyinfer_tools.inspect import main
 
 from pyinfer import models
 from pyinfer.errors import UnsupportedError
+from pyinfer_tools.inspect import main
 
 
 @pytest.fixture

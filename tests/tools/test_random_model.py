@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType as Type
+
 from pyinfer_tools.random_model import QUANTS, SHAPES, main, tensor_list, write_random_model
 from pyinfer_tools.vocabularies import byte_characters
 

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from pyinfer_tools.perplexity import measure
-from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 from pyinfer.errors import InputError
+from pyinfer_tools.perplexity import measure
+from pyinfer_tools.scoring import Score, chunk_count, chunks, scored_blocks
 
 _VOCAB = 11
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from pyinfer_tools import versus
 from pyinfer_tools.golden import rotated_pairs
 from pyinfer_tools.memory import peak_memory_bytes
