@@ -38,13 +38,8 @@ class Executor:
         keys = [start + 2 * layer * layer_bytes for layer in range(cache.layers)]
         ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}
         tables = {rope: rope.table(n_ctx).astype(np.float32) for rope in ropes}
-        numbers = {
-            op.params[name] for op in program.ops for name in ("scale", "epsilon") if name in op.params
-        }
-        self._constants = np.array(sorted(numbers), np.float32)
-        places = {number: self._constants.ctypes.data + 4 * at for at, number in enumerate(sorted(numbers))}
         values = [key + layer_bytes for key in keys]
-        self._machine = Machine(team.n_threads, weights, keys, values, head_bytes, tables, places)
+        self._machine = Machine(team.n_threads, weights, keys, values, head_bytes, tables)
 
     def _plan(self, n_rows: int, n_wanted: int) -> Plan:
         tiles = tile_of(n_rows), tile_of(n_wanted)

@@ -43,3 +43,27 @@ def gelu(x):
 @inline
 def relu(x):
     return max(x, float32(0))
+
+
+@inline
+def gelu_erf(x):
+    """GELU in its exact form 0.5 x (1 + erf(x / sqrt 2)); erf within 1.5e-7 (Abramowitz & Stegun 7.1.26)."""
+    a = abs(x) * float32(0.70710678)
+    t = float32(1) / (float32(1) + float32(0.3275911) * a)
+    p = float32(1.061405429) * t - float32(1.453152027)
+    p = (p * t + float32(1.421413741)) * t - float32(0.284496736)
+    tail = (p * t + float32(0.254829592)) * t * exp(-a * a)  # 1 - erf(a)
+    return x - float32(0.5) * x * tail if x > float32(0) else float32(0.5) * x * tail
+
+
+@inline
+def relu2(x):
+    """max(x, 0)^2 (So et al. 2021)"""
+    positive = max(x, float32(0))
+    return positive * positive
+
+
+@inline
+def fatrelu(x, threshold):
+    """x where x > threshold, else 0 (ProSparse's FATReLU)."""
+    return x if x > threshold else float32(0)

@@ -1,28 +1,17 @@
-"""Operations on rows, one row after the other: everything of a step that is neither linear nor attention.
+"""Operations on rows, one row after the other: what linears and attention leave.
 
 Items are rows. In a step of one row every thread does them all into a private copy, which costs less than a
-barrier. Vectors of a row are read and written by plain loops that LLVM vectorizes.
+barrier. Vectors of a row are read and written by plain loops that LLVM vectorizes. Norms, activations and
+embeddings, which are row operations too, have files of their own.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from numpy import float32, int32
 
-from numpy import float32, int32, sqrt, uint32
-
-from pyinfer.cpu.math import gelu, relu, silu
-from pyinfer.cpu.step import POSITIONS, TOKENS, WANTED_ROWS
-from pyinfer.jit.atomics import call_kernel
-from pyinfer.jit.kernel import Kernel, inline, kernel
-from pyinfer.jit.memory import (
-    bits_to_float,
-    f32_at,
-    float_to_half,
-    half_to_float,
-    i32_at,
-    i64_at,
-    u16_at,
-)
+from pyinfer.cpu.step import POSITIONS, WANTED_ROWS
+from pyinfer.jit.kernel import inline, kernel
+from pyinfer.jit.memory import f32_at, float_to_half, half_to_float, i32_at, i64_at
 from pyinfer.jit.simd import (
     largest_of_32,
     load_f32x16,
@@ -32,53 +21,23 @@ from pyinfer.jit.simd import (
     store_i8x16,
     sum_i32x16,
 )
-from pyinfer.quants import panels
-from pyinfer.quants.panels import PANEL_ROWS, Layout
 
 # Operands of all row kernels, int64: up to two inputs and an output as (address, row stride, private stride),
-# then what is special.
-IN, IN_STRIDE, IN_PRIVATE, IN2, IN2_STRIDE, IN2_PRIVATE, OUT, OUT_STRIDE, OUT_PRIVATE, WIDTH, COUNT = range(
-    11
-)
-FIRST_EXTRA = 11
+# then what is special to a kernel. SCALE, EPSILON and NUMBER are addresses of a float32.
+(IN, IN_STRIDE, IN_PRIVATE, IN2, IN2_STRIDE, IN2_PRIVATE, OUT, OUT_STRIDE, OUT_PRIVATE, WIDTH,
+ COUNT) = range(11)  # fmt: skip
 OPERANDS = 18
-WEIGHT, EPSILON, HEADS = 11, 12, 13  # rms_norm; EPSILON is the address of a float32
-TABLE, HEAD_SIZE, ROTATED, NEOX, ROPE_HEADS = 11, 12, 13, 14, 15  # rope
+TABLE, HEAD_SIZE, ROTATED, NEOX, ROPE_HEADS = range(11, 16)  # rope
 TILE = 11  # quantize
-PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE = (
-    11,
-    12,
-    13,
-    14,
-    15,
-    16,
-)  # embed; SCALE is the address of a float32
+WEIGHT, BIAS, EPSILON, HEADS = range(11, 15)  # norms; BIAS may be 0
+NUMBER = 11  # activations (the threshold), scale (the factor)
+PACK, DATA, ROW_BYTES, PANEL, PANEL_BYTES, SCALE, OFFSET = range(11, 18)  # embeddings
 
 
 @inline
-def _row(given, base, row, thread):
+def row_at(given, base, row, thread):
+    """Address of a row of the input or output whose operands begin at `base`."""
     return given[base] + row * given[base + 1] + thread * given[base + 2]
-
-
-@kernel
-def rms_norm(operands, step, first, last, thread):
-    """out = x / sqrt(mean x^2 + epsilon) * weight, for each of HEADS parts of a row. Source: Zhang & Sennrich
-    2019.
-    """
-    given = i64_at(operands)
-    heads = given[HEADS]
-    width = given[WIDTH] // heads
-    weight, epsilon = f32_at(given[WEIGHT]), f32_at(given[EPSILON])[0]
-    for row in range(first, last):
-        for head in range(heads):
-            x = f32_at(_row(given, IN, row, thread) + 4 * head * width)
-            out = f32_at(_row(given, OUT, row, thread) + 4 * head * width)
-            total = float32(0)
-            for i in range(width):
-                total += x[i] * x[i]
-            factor = float32(1) / sqrt(total / float32(width) + epsilon)
-            for i in range(width):
-                out[i] = x[i] * factor * weight[i]
 
 
 @kernel
@@ -86,43 +45,21 @@ def add(operands, step, first, last, thread):
     """out = a + b"""
     given = i64_at(operands)
     for row in range(first, last):
-        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
-        out = f32_at(_row(given, OUT, row, thread))
+        a, b = f32_at(row_at(given, IN, row, thread)), f32_at(row_at(given, IN2, row, thread))
+        out = f32_at(row_at(given, OUT, row, thread))
         for i in range(given[WIDTH]):
             out[i] = a[i] + b[i]
 
 
 @kernel
-def gate_silu(operands, step, first, last, thread):
-    """out = silu(a) * b"""
+def scale(operands, step, first, last, thread):
+    """out = x * factor, with NUMBER the factor"""
     given = i64_at(operands)
+    factor = f32_at(given[NUMBER])[0]
     for row in range(first, last):
-        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
-        out = f32_at(_row(given, OUT, row, thread))
+        x, out = f32_at(row_at(given, IN, row, thread)), f32_at(row_at(given, OUT, row, thread))
         for i in range(given[WIDTH]):
-            out[i] = silu(a[i]) * b[i]
-
-
-@kernel
-def gate_gelu(operands, step, first, last, thread):
-    """out = gelu(a) * b"""
-    given = i64_at(operands)
-    for row in range(first, last):
-        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
-        out = f32_at(_row(given, OUT, row, thread))
-        for i in range(given[WIDTH]):
-            out[i] = gelu(a[i]) * b[i]
-
-
-@kernel
-def gate_relu(operands, step, first, last, thread):
-    """out = relu(a) * b"""
-    given = i64_at(operands)
-    for row in range(first, last):
-        a, b = f32_at(_row(given, IN, row, thread)), f32_at(_row(given, IN2, row, thread))
-        out = f32_at(_row(given, OUT, row, thread))
-        for i in range(given[WIDTH]):
-            out[i] = relu(a[i]) * b[i]
+            out[i] = x[i] * factor
 
 
 @kernel
@@ -131,7 +68,7 @@ def select(operands, step, first, last, thread):
     given = i64_at(operands)
     wanted = i32_at(i64_at(step)[WANTED_ROWS])
     for item in range(first, last):
-        x, out = f32_at(_row(given, IN, wanted[item], thread)), f32_at(_row(given, OUT, item, thread))
+        x, out = f32_at(row_at(given, IN, wanted[item], thread)), f32_at(row_at(given, OUT, item, thread))
         for i in range(given[WIDTH]):
             out[i] = x[i]
 
@@ -152,7 +89,7 @@ def quantize(operands, step, first, last, thread):
     scale_at, sums, sums_scaled = f32_at(scales), i32_at(scales + part), f32_at(scales + 2 * part)
     halves, halves_scaled = i32_at(scales + 3 * part), f32_at(scales + 5 * part)
     for row in range(first, last):
-        source = _row(given, IN, row, thread)
+        source = row_at(given, IN, row, thread)
         first_of_tile = row // tile * tile
         for g in range(given[WIDTH] // 32):
             x, y = load_f32x16(source + 128 * g), load_f32x16(source + 128 * g + 64)
@@ -191,8 +128,8 @@ def rope(operands, step, first, last, thread):
     for row in range(first, last):
         table = f32_at(given[TABLE] + positions[row] * half * 8)
         for head in range(given[ROPE_HEADS]):
-            x = f32_at(_row(given, IN, row, thread) + 4 * head * size)
-            out = f32_at(_row(given, OUT, row, thread) + 4 * head * size)
+            x = f32_at(row_at(given, IN, row, thread) + 4 * head * size)
+            out = f32_at(row_at(given, OUT, row, thread) + 4 * head * size)
             if given[NEOX] != 0:
                 for i in range(half):
                     a, b = x[i], x[i + half]
@@ -205,63 +142,3 @@ def rope(operands, step, first, last, thread):
                     out[2 * i + 1] = b * table[2 * i] + a * table[2 * i + 1]
             for i in range(2 * half, size):
                 out[i] = x[i]
-
-
-@cache
-def embed(layout: Layout) -> Kernel:
-    """Rows of the embedding matrix, which stays in the file: a token's row is packed into a panel and read
-    back from there.
-    """
-    bits, group, minimum = layout.bits, layout.group, int(layout.has_minimum)
-    kind = 0 if not layout.is_float else 1 + ("f32", "f16", "bf16").index(layout.name)
-    return _embed_kernel(kind, bits, group, minimum)
-
-
-def _embed_kernel(kind: int, bits: int, group: int, has_minimum: int) -> Kernel:
-    zero = 0 if has_minimum else 8 if bits == 4 else 128
-
-    @kernel
-    def embed_rows(operands, step, first, last, thread):
-        given = i64_at(operands)
-        tokens = i32_at(i64_at(step)[TOKENS])
-        columns, scale = given[WIDTH], f32_at(given[SCALE])[0]
-        panel = given[PANEL] + thread * (given[PANEL_BYTES] + 64)
-        pack = i64_at(panel + given[PANEL_BYTES])
-        pack[panels.TARGET], pack[panels.ROWS] = panel, 1
-        pack[panels.COLUMNS], pack[panels.PANEL_STRIDE] = columns, given[PANEL_BYTES]
-        for row in range(first, last):
-            pack[panels.SOURCE] = given[DATA] + tokens[row] * given[ROW_BYTES]
-            call_kernel(given[PACK], panel + given[PANEL_BYTES], step, 0, 1, thread)
-            out = f32_at(_row(given, OUT, row, thread))
-            for c in range(columns):
-                if kind == 0:
-                    out[c] = scale * _coded(panel, c, bits, group, zero, has_minimum)
-                else:
-                    out[c] = scale * _float_of(kind, panel, c * PANEL_ROWS)
-
-    return embed_rows
-
-
-@inline
-def _coded(panel, column, bits, group, zero, has_minimum):
-    """Row 0 of a panel at a column: see pyinfer.quants.panels."""
-    group_bytes = 2 * bits * group
-    g = column // group
-    chunk = panel + g // 2 * (2 * group_bytes + 64 * (1 + has_minimum))
-    codes, quad = chunk + g % 2 * group_bytes, column % group // 4
-    if bits == 4:
-        code = i64_at(codes + 64 * (quad // 2))[0] >> (8 * (column % 4) + 4 * (quad % 2)) & 15
-    else:
-        code = i64_at(codes + 64 * quad)[0] >> (8 * (column % 4)) & 255
-    halves = u16_at(chunk + 2 * group_bytes + 32 * (g % 2))
-    value = half_to_float(halves[0]) * float32(code - zero)
-    return value + half_to_float(halves[32]) if has_minimum else value
-
-
-@inline
-def _float_of(kind, panel, at):
-    if kind == 1:
-        return f32_at(panel)[at]
-    if kind == 2:
-        return half_to_float(u16_at(panel)[at])
-    return bits_to_float(uint32(uint32(u16_at(panel)[at]) << 16))

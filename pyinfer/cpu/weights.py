@@ -19,7 +19,7 @@ from pyinfer.jit.buffers import allocate
 from pyinfer.jit.team import Team
 from pyinfer.names import GGMLType
 from pyinfer.program.program import Program
-from pyinfer.quants import panels, quant
+from pyinfer.quants import neuron_rows, panels, quant
 from pyinfer.quants.panels import PANEL_ROWS, Layout, panels_of
 
 Progress = Callable[[int, int], None]
@@ -27,20 +27,28 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix in panels; address and strides in bytes."""
+    """One matrix in panels, or row by row (`by_rows`); address and stride (of a panel or row) in bytes."""
 
     layout: Layout
     address: int
     rows: int
     columns: int
+    by_rows: bool = False
 
     @property
-    def panel_stride(self) -> int:
-        return self.layout.panel_bytes(self.columns)
+    def stride(self) -> int:
+        sizes = neuron_rows.row_bytes if self.by_rows else Layout.panel_bytes
+        return sizes(self.layout, self.columns)
+
+    @property
+    def n_bytes(self) -> int:
+        """Rounded up to whole cache lines."""
+        count = self.rows if self.by_rows else panels_of(self.rows)
+        return (count * self.stride + 63) // 64 * 64
 
     @property
     def end(self) -> int:
-        return self.address + panels_of(self.rows) * self.panel_stride
+        return self.address + self.n_bytes
 
 
 class Weights:
@@ -49,24 +57,29 @@ class Weights:
     def __init__(
         self, program: Program, file: GGUFFile, team: Team, progress: Progress | None = None
     ) -> None:
-        tensors = program.weights()
         for op in program.ops:
-            if op.name in ("linear", "embed"):
+            if op.name in ("linear", "linear_t", "embed", "embed_position"):
                 _check(op.weight, file)
-        sizes = [quant(tensor.type).LAYOUT.matrix_bytes(tensor.rows, tensor.columns) for tensor in tensors]
-        self.nbytes = sum(sizes)
+        by_rows = {op.weight.name for op in program.ops if op.name == "linear_t"}
+        tensors = program.weights()
+        shapes = [
+            (quant(each.type).LAYOUT, each.rows, each.columns, each.name in by_rows) for each in tensors
+        ]
+        self.nbytes = sum(Matrix(layout, 0, *shape).n_bytes for layout, *shape in shapes)
         self._arena = allocate(self.nbytes)
         self.matrices: dict[str, Matrix] = {}
         self.vectors: dict[str, np.ndarray] = {}
         address, done, total = self._arena.ctypes.data, 0, sum(tensor.nbytes for tensor in tensors)
-        for tensor, size in zip(tensors, sizes):
-            self.matrices[tensor.name] = _pack(tensor, address, team)
+        for tensor, (layout, *shape) in zip(tensors, shapes):
+            matrix = Matrix(layout, address, *shape)
+            (_unpack_rows if matrix.by_rows else _pack)(tensor, matrix, team)
+            self.matrices[tensor.name] = matrix
             file.drop_pages(tensor)
-            address, done = address + size, done + tensor.nbytes
+            address, done = matrix.end, done + tensor.nbytes
             if progress:
                 progress(done, total)
         for op in program.ops:
-            for tensor in (op.weight if op.name == "rms_norm" else None, op.bias):
+            for tensor in (op.weight if op.name in ("rms_norm", "layer_norm") else None, op.bias):
                 if tensor is not None and tensor.name not in self.vectors:
                     self.vectors[tensor.name] = vector(tensor)
 
@@ -81,15 +94,30 @@ def _check(tensor: Tensor, file: GGUFFile) -> None:
         raise UnsupportedError(f"{file.path}: {tensor.name} has {found}, expected a multiple of 32")
 
 
-def _pack(tensor: Tensor, address: int, team: Team) -> Matrix:
-    file = quant(tensor.type)
-    matrix = Matrix(file.LAYOUT, address, tensor.rows, tensor.columns)
-    operands = np.zeros(panels.OPERANDS, np.int64)
-    operands[panels.SOURCE], operands[panels.TARGET] = tensor.data.ctypes.data, address
+def _operands(tensor: Tensor, matrix: Matrix, count: int) -> np.ndarray:
+    operands = np.zeros(count, np.int64)
+    operands[panels.SOURCE], operands[panels.TARGET] = tensor.data.ctypes.data, matrix.address
     operands[panels.ROWS], operands[panels.COLUMNS] = tensor.rows, tensor.columns
-    operands[panels.PANEL_STRIDE] = matrix.panel_stride
-    team.run(single_instruction(file.pack, operands, panels_of(tensor.rows)), np.zeros(1, np.int64))
-    return matrix
+    operands[panels.PANEL_STRIDE] = matrix.layout.panel_bytes(tensor.columns)
+    return operands
+
+
+def _pack(tensor: Tensor, matrix: Matrix, team: Team) -> None:
+    operands = _operands(tensor, matrix, panels.OPERANDS)
+    program = single_instruction(quant(tensor.type).pack, operands, panels_of(tensor.rows))
+    team.run(program, np.zeros(1, np.int64))
+
+
+def _unpack_rows(tensor: Tensor, matrix: Matrix, team: Team) -> None:
+    operands = _operands(tensor, matrix, neuron_rows.OPERANDS)
+    each = neuron_rows.scratch_bytes(matrix.layout, tensor.columns)
+    scratch = allocate(each * team.n_threads)
+    operands[neuron_rows.PACK] = quant(tensor.type).pack.address
+    operands[neuron_rows.SOURCE_ROW_BYTES] = tensor.nbytes // tensor.rows
+    operands[neuron_rows.ROW_STRIDE] = matrix.stride
+    operands[neuron_rows.SCRATCH], operands[neuron_rows.SCRATCH_BYTES] = scratch.ctypes.data, each
+    kernel = neuron_rows.rows_from_blocks(matrix.layout)
+    team.run(single_instruction(kernel, operands, panels_of(tensor.rows)), np.zeros(1, np.int64))
 
 
 def vector(tensor: Tensor) -> np.ndarray:

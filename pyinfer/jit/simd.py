@@ -63,6 +63,38 @@ def load_bf16x16(typingctx, address):
     return word(f32x16, generate, types.int64)
 
 
+def _bytes_as_integers(builder, address):
+    return builder.zext(load(builder, address, ir.VectorType(I8, 16)), i32x16.llvm)
+
+
+@intrinsic
+def load_u8_f32x16(typingctx, address):
+    """16 unsigned bytes as float32."""
+    return word(f32x16, lambda b, a: b.sitofp(_bytes_as_integers(b, a), f32x16.llvm), types.int64)
+
+
+@intrinsic
+def load_low_nibbles_f32x16(typingctx, address):
+    """The low halves of 16 bytes as float32."""
+
+    def generate(b, a):
+        codes = b.and_(_bytes_as_integers(b, a), constant(i32x16.llvm, 15))
+        return b.sitofp(codes, f32x16.llvm)
+
+    return word(f32x16, generate, types.int64)
+
+
+@intrinsic
+def load_high_nibbles_f32x16(typingctx, address):
+    """The high halves of 16 bytes as float32."""
+
+    def generate(b, a):
+        codes = b.lshr(_bytes_as_integers(b, a), constant(i32x16.llvm, 4))
+        return b.sitofp(codes, f32x16.llvm)
+
+    return word(f32x16, generate, types.int64)
+
+
 @intrinsic
 def store_f32x16(typingctx, address, value):
     return word(types.void, lambda b, a, v: store(b, v, a), types.int64, f32x16)

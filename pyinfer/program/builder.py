@@ -13,6 +13,7 @@ from pyinfer.gguf_file import GGUFFile, Tensor
 from pyinfer.program.program import Cache, Op, Program, Value
 from pyinfer.program.rope import Rope
 
+ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
 
 
@@ -55,6 +56,7 @@ class Builder:
         self._ops: list[Op] = []
         self._values = 0
         self._cache: Cache | None = None
+        self._most_positions: int | None = None
 
     def _emit(
         self,
@@ -111,6 +113,58 @@ class Builder:
         self._vector(weight.bias, width, "one bias per output")
         return self._emit("linear", (x,), width, weight)
 
+    def linear_t(self, x: Value, weight: Weight, width: int) -> Value:
+        """As `linear`, for a weight that is kept neuron by neuron: x.width rows of `width` columns."""
+        self._check(weight.tensor, (width, x.width), "outputs, inputs")
+        self._vector(weight.bias, width, "one bias per output")
+        if width % 64:
+            raise UnsupportedError(
+                f"{self._file.path}: {weight.tensor.name} has {width} columns, not a multiple of 64"
+            )
+        return self._emit("linear_t", (x,), width, weight)
+
+    def layer_norm(self, x: Value, weight: Weight, epsilon: float) -> Value:
+        self._vector(weight.tensor, x.width, "one number per element")
+        self._vector(weight.bias, x.width, "one bias per element")
+        return self._emit("layer_norm", (x,), x.width, weight, epsilon=epsilon)
+
+    def embed_position(self, x: Value, weight: Weight, offset: int) -> Value:
+        """x plus a learned vector per position; the matrix bounds the context."""
+        positions = weight.tensor.rows - offset
+        self._check(weight.tensor, (x.width, weight.tensor.rows), "embedding_length, positions")
+        if positions < 1:
+            raise FormatError(
+                f"{self._file.path}: {weight.tensor.name} has {weight.tensor.rows} rows, "
+                f"expected more than {offset}"
+            )
+        self._most_positions = positions
+        return self._emit("embed_position", (x,), x.width, weight, offset=offset, scale=1.0)
+
+    def slices(self, x: Value, *widths: int) -> tuple[Value, ...]:
+        """Consecutive parts of a row; widths are multiples of 16."""
+        starts = [sum(widths[:n]) for n in range(len(widths))]
+        if sum(widths) != x.width or any(width % 16 for width in widths):
+            raise UnsupportedError(
+                f"{self._file.path}: rows of {x.width} cannot be cut into {list(widths)}, multiples of 16"
+            )
+        return tuple(self._emit("slices", (x,), width, start=start) for start, width in zip(starts, widths))
+
+    def scale(self, x: Value, factor: float) -> Value:
+        return self._emit("scale", (x,), x.width, factor=factor)
+
+    def activate(self, activation: str, x: Value) -> Value:
+        return self._emit("activate", (x,), x.width, activation=self._activation(activation, "activate"))
+
+    def _activation(self, name: str, use: str) -> str:
+        kind, _, threshold = name.partition(":")
+        number = threshold.replace(".", "", 1).isdecimal()
+        known = kind in ACTIVATIONS and (kind == "fatrelu") == bool(threshold) and (not threshold or number)
+        if not known or (use == "activate" and kind == "drelu"):
+            raise UnsupportedError(
+                f"{self._file.path}: activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}"
+            )
+        return name
+
     def rope(self, x: Value, rope: Rope, heads: int) -> Value:
         return self._emit("rope", (x,), x.width, rope=rope, heads=heads)
 
@@ -144,17 +198,24 @@ class Builder:
         return self._emit("attend", (q,), q.width, layer=layer, **params)
 
     def gate(self, activation: str, g: Value, u: Value) -> Value:
-        return self._emit("gate", (g, u), g.width, activation=activation)
+        return self._emit("gate", (g, u), g.width, activation=self._activation(activation, "gate"))
 
     def add(self, a: Value, b: Value) -> Value:
         return self._emit("add", (a, b), a.width)
 
     def ffn(self, x: Value, layer: Weights, activation: str, width: int) -> Value:
-        """A gated feed-forward layer: down(activation(gate x) * up x). Dense here; placement is decided in
-        this one method.
+        """A feed-forward layer: down(activation(gate x) * up x), or without a gate down(activation(up x)).
+
+        Dense here; placement is decided in this one method. down may be kept neuron by neuron (ffn_down_t).
         """
-        g, u = self.linear(x, layer.ffn_gate, width), self.linear(x, layer.ffn_up, width)
-        return self.linear(self.gate(activation, g, u), layer.ffn_down, x.width)
+        if layer.has(names.FFN_GATE):
+            g, u = self.linear(x, layer.ffn_gate, width), self.linear(x, layer.ffn_up, width)
+            hidden = self.gate(activation, g, u)
+        else:
+            hidden = self.activate(activation, self.linear(x, layer.ffn_up, width))
+        if layer.has(names.FFN_DOWN_T):
+            return self.linear_t(hidden, layer.ffn_down_t, x.width)
+        return self.linear(hidden, layer.ffn_down, x.width)
 
     def select(self, x: Value) -> Value:
         return self._emit("select", (x,), x.width)

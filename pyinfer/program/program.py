@@ -25,19 +25,28 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: `name` of the vocabulary, inputs, one output (None for `store`), weights, and what else
-    it needs.
+    """One operation: name, inputs, one output (None for `store`), weights, and what else it needs.
 
     The vocabulary, with x a row:
-      embed(; weight) scale          the token's row of weight, times scale
-      rms_norm(x; weight) epsilon heads   x / rms(x) * weight, for each of `heads` equal parts of the row
-      linear(x; weight)              weight @ x, plus the weight's bias if there is one
-      rope(x) rope heads             every head rotated by the row's position
-      store(k, v) layer kv_heads     write the row to the KV cache at its position
-      attend(q) layer heads kv_heads head_size scale window   softmax(q . k * scale) v over the positions so
-      far (window > 0: the last ones) gate(g, u) activation          activation(g) * u
-      add(a, b)                      a + b
-      select(x)                      only the rows whose logits are wanted
+      embed(; weight) scale             the token's row of weight, times scale
+      embed_position(x; weight) offset  x plus the row of weight at the position + offset
+      rms_norm(x; weight) epsilon heads     x / rms(x) * weight, for each of `heads` equal parts of the row
+      layer_norm(x; weight) epsilon     (x - mean) / deviation * weight + bias (if the weight has one)
+      linear(x; weight)                 weight @ x + bias (if the weight has one)
+      linear_t(x; weight)               x @ weight (plus bias), for a weight that is kept row by row
+      slices(x) start                   a part of the row
+      rope(x) rope heads                every head rotated by the row's position
+      store(k, v) layer kv_heads        write the row to the KV cache at its position
+      attend(q) layer heads kv_heads head_size scale window
+                                        softmax(q . k * scale) v over positions so far, or the last `window`
+      activate(x) activation            activation(x)
+      gate(g, u) activation             activation(g) * u
+      add(a, b)                         a + b
+      scale(x) factor                   x times a number
+      select(x)                         only the rows whose logits are wanted
+
+    Activations: silu, gelu (tanh form), gelu_erf, relu, relu2 (its square), fatrelu:T (x where x > T, else
+    0), and as a gate drelu (relu(g) * relu(u)).
     """
 
     name: str
@@ -75,12 +84,12 @@ class Program:
     ops: tuple[Op, ...]
     cache: Cache
     vocab_size: int
+    most_positions: int | None = None  # of learned positions
 
     def weights(self) -> list[Tensor]:
         """Matrices in the order in which the program reads them, each once."""
-        return list(
-            {op.weight.name: op.weight for op in self.ops if op.name == "linear" and op.weight}.values()
-        )
+        linears = [op for op in self.ops if op.name in ("linear", "linear_t")]
+        return list({op.weight.name: op.weight for op in linears if op.weight}.values())
 
     def __str__(self) -> str:
         return "\n".join(str(op) for op in self.ops)

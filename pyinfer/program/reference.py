@@ -7,6 +7,7 @@ by the caller.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +17,8 @@ from pyinfer.program.program import Op, Program
 
 ACTIVATIONS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu_erf": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
     "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
 }
@@ -95,8 +98,31 @@ class Reference:
             out[row] = np.einsum("hs,hsc->hc", weights / weights.sum(1, keepdims=True), values)
         return out.reshape(q.shape)
 
+    def _embed_position(self, op: Op, rows, x) -> np.ndarray:
+        return x + self._array(op.weight)[rows[1] + op.params["offset"]]
+
+    def _layer_norm(self, op: Op, rows, x) -> np.ndarray:
+        centred = x - x.mean(1, keepdims=True)
+        deviation = np.sqrt((centred**2).mean(1, keepdims=True) + op.params["epsilon"])
+        return centred / deviation * self._array(op.weight) + (self._array(op.bias) if op.bias else 0)
+
+    def _linear_t(self, op: Op, rows, x) -> np.ndarray:
+        return x @ self._array(op.weight) + (self._array(op.bias) if op.bias else 0)
+
+    def _slices(self, op: Op, rows, x) -> np.ndarray:
+        return x[:, op.params["start"] : op.params["start"] + op.output.width]
+
+    def _scale(self, op: Op, rows, x) -> np.ndarray:
+        return x * op.params["factor"]
+
+    def _activate(self, op: Op, rows, x) -> np.ndarray:
+        name, _, threshold = op.params["activation"].partition(":")
+        return np.where(x > float(threshold), x, 0) if threshold else ACTIVATIONS[name](x)
+
     def _gate(self, op: Op, rows, g, u) -> np.ndarray:
-        return ACTIVATIONS[op.params["activation"]](g) * u
+        if op.params["activation"] == "drelu":
+            return np.maximum(g, 0) * np.maximum(u, 0)
+        return self._activate(op, rows, g) * u
 
     def _add(self, op: Op, rows, a, b) -> np.ndarray:
         return a + b

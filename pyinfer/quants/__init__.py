@@ -7,7 +7,7 @@ A file says TYPE, LAYOUT, BLOCK, BLOCK_BYTES and `pack`, the kernel that turns b
 from __future__ import annotations
 
 import pkgutil
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -17,7 +17,8 @@ from pyinfer.names import GGMLType
 
 def names() -> list[str]:
     """Types that can be read, as file names."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "panels")
+    files = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in files if name.upper() in GGMLType.__members__)
 
 
 @cache

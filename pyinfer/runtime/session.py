@@ -31,6 +31,9 @@ class Session:
             raise InputError(f"n_threads is {n_threads}, expected 1 to {MOST_THREADS - 1}")
         if n_sequences < 1:
             raise InputError(f"n_sequences is {n_sequences}, expected at least 1")
+        most = model.program.most_positions
+        if most is not None and n_ctx > most:
+            raise InputError(f"n_ctx is {n_ctx}, expected at most the {most} positions that this model learned")
         self.model, self.n_ctx, self.n_threads = model, n_ctx, n_threads
         self.n_vocab = model.program.vocab_size
         self._team = Team(n_threads)
@@ -102,6 +105,8 @@ class Session:
         """One token for each of several different sequences; float32 [B, V]."""
         ids = np.asarray(tokens, np.int64)
         self._check(ids)
+        if not len(ids) == len(sequences) == len(set(sequences)):
+            raise InputError(f"{len(ids)} tokens for sequences {list(sequences)}, expected one for each of different sequences")
         positions = [self._lengths[sequence] for sequence in sequences]
         if max(positions) >= self.n_ctx:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; use a larger one")

@@ -1,0 +1,44 @@
+"""Tiny models of every family: the logits of transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from golden_files import NAMES, load_golden, reference_logits
+
+from pyinfer import models
+from pyinfer.gguf_file import open_gguf
+from pyinfer.runtime.loader import load_model
+from pyinfer.runtime.session import Session
+
+REFERENCE_TOLERANCE = 1e-5  # of the largest logit; transformers keeps some tables in float32
+CPU_TOLERANCE = 3e-3  # the KV cache holds halves
+every_model = pytest.mark.parametrize("name", NAMES)
+
+
+def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_every_family_has_a_golden_model():
+    covered = set()
+    for name in NAMES:
+        with open_gguf(load_golden(name).path) as file:
+            covered.add(file.architecture)
+    assert covered == set(models.names())
+
+
+@every_model
+def test_reference_equals_transformers(name):
+    golden = load_golden(name)
+    near(reference_logits(golden.path, golden.tokens), golden.logits, REFERENCE_TOLERANCE)
+
+
+@every_model
+def test_cpu_equals_transformers(name):
+    golden = load_golden(name)
+    with load_model(golden.path) as model:
+        session = Session(model, 64, 2)
+        near(session.prefill(golden.tokens, all_logits=True), golden.logits, CPU_TOLERANCE)
+        session.close()
