@@ -55,12 +55,13 @@ class GGUFFile:
 
     path : the file, or the first part of a split one;  version : 2 or 3;  file_bytes : of all parts together
     metadata : scalars as Python values, arrays of numbers as NumPy arrays, arrays of strings as list[str]
-    tensors : by name, in the order of the file
+    tensors : by name, in the order of the file;  powerinfer : a file of PowerInfer (magic PWRI)
     """
 
     def __init__(self, parts: list[_Part]):
         self.path = parts[0].path
         self.version = parts[0].header.version
+        self.powerinfer = parts[0].header.powerinfer
         self.metadata = parts[0].header.metadata
         self.file_bytes = sum(part.file_bytes for part in parts)
         self.tensors: dict[str, Tensor] = {}

@@ -72,13 +72,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says in front of its tensor data; `data_end` is the byte behind the last tensor."""
+    """What a GGUF file says in front of its tensor data; `data_end` is the byte behind the last tensor.
+
+    powerinfer : the magic is PWRI, as PowerInfer marks its files (the rest is GGUF)
+    """
 
     version: int
     metadata: dict[str, object]
     tensors: list[TensorInfo]
     alignment: int
     data_end: int
+    powerinfer: bool
 
 
 def read_header(buffer: Buffer, file: str) -> Header:
@@ -104,7 +108,8 @@ def read_header(buffer: Buffer, file: str) -> Header:
     tensors = [_place(entry, data_start, alignment, len(buffer), file) for entry in described]
     _check_distinct(tensors, file)
     data_end = max((info.start + info.nbytes for info in tensors), default=min(data_start, len(buffer)))
-    return Header(version, metadata, tensors, alignment, data_end)
+    powerinfer = bytes(buffer[:4]) == names.MAGIC_POWERINFER
+    return Header(version, metadata, tensors, alignment, data_end, powerinfer)
 
 
 def quoted(text: str) -> str:
@@ -115,11 +120,7 @@ def quoted(text: str) -> str:
 
 def _check_start(buffer: Buffer, file: str) -> int:
     magic = bytes(buffer[:4])
-    if magic == names.MAGIC_POWERINFER:
-        raise UnsupportedError(
-            f"{file}: magic is PWRI, expected GGUF: a file of PowerInfer; convert it with pyinfer-convert"
-        )
-    if magic != names.MAGIC:
+    if magic not in (names.MAGIC, names.MAGIC_POWERINFER):
         hint = ""
         if bytes(buffer[:23]) == b"version https://git-lfs":
             hint = "; it is a Git LFS pointer, fetch the model itself with `git lfs pull`"

@@ -26,7 +26,7 @@ BAD = {
     "only magic": (b"GGUF", FormatError, r"ends at byte 4, expected 24"),
     "magic": (b"GGML" + raw_gguf()[4:], FormatError, r"byte 0 says b'GGML', expected b'GGUF'"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", FormatError, "git lfs pull"),
-    "powerinfer": (b"PWRI" + raw_gguf()[4:], UnsupportedError, "PowerInfer.*pyinfer-convert"),
+    "powerinfer": (b"PWRI" + raw_gguf(version=0)[4:], FormatError, "version 0, expected 2 or 3"),
     "version 0": (raw_gguf(version=0), FormatError, "version 0, expected 2 or 3"),
     "version 1": (raw_gguf(version=1), UnsupportedError, "version 1 is too old, expected 2 or 3"),
     "version 4": (raw_gguf(version=4), UnsupportedError, "version 4 is newer than pyinfer, expected 2 or 3"),

@@ -1,6 +1,7 @@
 """Model families: one file each, named as general.architecture says; a new file is a new family.
 
-A file has hparams(file) -> HParams and build(builder, hparams, weights) -> Program.
+A file has hparams(file) -> HParams and build(builder, hparams, weights) -> Program, to run a GGUF; and
+HF_ARCHITECTURES, metadata(config) and tensors(config), to make one of a Hugging Face checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from pyinfer.models.hparams import HParams
 from pyinfer.program.builder import Builder, Weights
 from pyinfer.program.program import Program
 
+# What families share.
+_SHARED = ("hparams", "checkpoint", "checkpoint_config", "checkpoint_decoder")
+
 
 def names() -> list[str]:
     """Architectures that can be run."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "hparams")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
 def build_program(file: GGUFFile) -> tuple[HParams, Program]:

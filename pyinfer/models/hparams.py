@@ -13,6 +13,7 @@ from pyinfer.errors import FormatError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile
 from pyinfer.program.rope import Rope
 
+ACTIVATION = f"{names.PYINFER_PREFIX}activation"
 MOST_LAYERS, MOST_WIDTH, MOST_HEADS = 4096, 1 << 20, 1 << 16
 
 
@@ -32,6 +33,11 @@ class HParams:
     sliding_window: int
     vocab_size: int
     rope: Rope
+    layer_norm_epsilon: float = 0.0
+    activation: str = ""  # of the feed-forward layers, "" for the family's own
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0  # what logits are divided by
 
 
 class Keys:
@@ -85,8 +91,12 @@ class Keys:
         )
 
 
-def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
-    """Hyperparameters of a decoder; raises FormatError that names key, value and range."""
+def read_hparams(file: GGUFFile, *, neox: bool, layer_norm: bool = False) -> HParams:
+    """Hyperparameters of a decoder; raises FormatError that names key, value and range.
+
+    layer_norm: its norms are LayerNorms, whose epsilon has another key; 1e-5 where the file is silent (OPT by
+    PowerInfer).
+    """
     keys = Keys(file)
     embedding_length = keys.integer(names.EMBEDDING_LENGTH, None, 16, MOST_WIDTH)
     head_count = keys.integer(names.HEAD_COUNT, None, 1, MOST_HEADS)
@@ -99,7 +109,7 @@ def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
         )
     if key_length % 16 or head_count % head_count_kv:
         raise UnsupportedError(
-            f"{file.path}: heads of {key_length} elements, {head_count} of them for {head_count_kv} kv heads; "
+            f"{file.path}: heads of {key_length} elements, {head_count} for {head_count_kv} kv heads; "
             "supported are multiples of 16, and a whole number of heads per kv head"
         )
     if keys.integer(names.EXPERT_COUNT, 0, 0, 1 << 16):
@@ -119,10 +129,15 @@ def read_hparams(file: GGUFFile, *, neox: bool) -> HParams:
         head_count=head_count,
         head_count_kv=head_count_kv,
         key_length=key_length,
-        layer_norm_rms_epsilon=keys.number(names.LAYER_NORM_RMS_EPSILON, None, 0.0, 1.0),
+        layer_norm_rms_epsilon=0.0
+        if layer_norm
+        else keys.number(names.LAYER_NORM_RMS_EPSILON, None, 0.0, 1.0),
         sliding_window=keys.integer(names.SLIDING_WINDOW, 0, 0, 1 << 31),
         vocab_size=embedding.rows,
         rope=_read_rope(keys, key_length, context_length, neox),
+        layer_norm_epsilon=keys.number(names.LAYER_NORM_EPSILON, 1e-5, 0.0, 1.0) if layer_norm else 0.0,
+        # PowerInfer's engine knows ReLU only (Bamboo's twice), and its files do not say so.
+        activation=keys.text(ACTIVATION, "relu" if file.powerinfer and file.architecture != "bamboo" else ""),
     )
 
 
@@ -165,5 +180,7 @@ def _read_rope(keys: Keys, key_length: int, context_length: int, neox: bool) -> 
             names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH, context_length, 1, 1 << 31
         ),
         attn_factor=keys.number(names.ROPE_SCALING_ATTN_FACTOR, 1.0, 0.0, 1e3),
+        beta_fast=keys.number(names.ROPE_SCALING_YARN_BETA_FAST, 32.0, 0.0, 1e6),
+        beta_slow=keys.number(names.ROPE_SCALING_YARN_BETA_SLOW, 1.0, 0.0, 1e6),
         factors=factors,
     )
