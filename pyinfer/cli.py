@@ -103,7 +103,7 @@ def _open_llama(options: dict[str, Any]) -> Llama:
     name = options["model"] or DEFAULT_MODEL
     with Progress(sys.stderr, f"fetching {name}") as progress:
         path = find_model(name, progress=progress, offline=options["offline"])
-    from pyinfer.jit.kernel import kernel_cache_is_cold
+    from pyinfer.jit.kernel_cache import kernel_cache_is_cold
     from pyinfer.llama import Llama
 
     if kernel_cache_is_cold():

@@ -1,4 +1,4 @@
-"""Random tensors of every GGUF type: with the gguf package's quantization, or random blocks where it has none."""
+"""Random tensors of every GGUF type: quantized by the gguf package, or random blocks where it cannot."""
 
 from __future__ import annotations
 

@@ -46,6 +46,6 @@ def dequantize(tensor: Tensor) -> np.ndarray:
 def reference_logits(path: Path, tokens, n_ctx: int = 64) -> np.ndarray:
     """float64 [T, V] of the reference executor."""
     with open_gguf(path) as file:
-        reference = Reference(build_program(file)[1], dequantize, n_ctx)
+        reference = Reference(build_program(file)[1], dequantize)
         n = len(tokens)
         return reference.step(tokens, np.arange(n), np.zeros(n, int), np.arange(n))

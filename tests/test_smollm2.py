@@ -1,9 +1,9 @@
 """The default model against llama.cpp: what it would say after every token of twenty stored answers.
 
-tests/golden/smollm2_greedy_exact.json holds greedy answers of llama.cpp without any rounding of activations or cache, that is, the
-truth for these weights, and the gap between the two best logits at each step. With 8-bit activations logits move by about 0.23 (root
-mean square), in llama.cpp as here, so that some near-ties fall the other way: of 1,280 choices 34 and 40 in llama.cpp's single and
-batched steps, 33 here.
+tests/golden/smollm2_greedy_exact.json holds greedy answers of llama.cpp without any rounding of activations
+or cache, that is, the truth for these weights, and the gap between the two best logits at each step. With
+8-bit activations logits move by 0.23 (root mean square), in llama.cpp as here, so that some near-ties fall
+the other way: of 1,280 choices 34 and 40 in llama.cpp's single and batched steps, 33 here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import numpy as np
 import pytest
 from golden_files import FOLDER, dequantize
-from pyinfer_convert.requantize import requantize
 
 from pyinfer.gguf_file import open_gguf
 from pyinfer.models import build_program
@@ -21,6 +20,7 @@ from pyinfer.names import GGMLType
 from pyinfer.program.reference import Reference
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
+from pyinfer_convert.requantize import requantize
 
 pytestmark = pytest.mark.model
 
@@ -41,7 +41,7 @@ def exact(smollm2_path):
     """Logits float32 [64, V] per case by the reference executor, in float64 all the way."""
     made = []
     with open_gguf(smollm2_path) as file:
-        reference = Reference(build_program(file)[1], dequantize, 512)
+        reference = Reference(build_program(file)[1], dequantize)
         for sequence, case in enumerate(CASES):
             tokens = forced(case)
             n, first = len(tokens), len(case["tokens"]) - 1
@@ -100,7 +100,7 @@ def test_rounded_activations_cost_what_they_cost_llama_cpp(model, exact):
 
 
 def test_answers_step_by_step(model):
-    """All cases at once as a batch that chooses for itself, up to each case's first choice that rounding could change."""
+    """All cases as a batch that chooses for itself, up to the first choice that rounding may change."""
     session = Session(model, 160, 2, n_sequences=len(CASES))
     chosen = [[int(session.prefill(case["tokens"], at).argmax())] for at, case in enumerate(CASES)]
     for _ in range(STEPS - 1):

@@ -14,8 +14,10 @@ from pyinfer.jit.buffers import allocate
 from pyinfer.jit.levels import TILES, level
 from pyinfer.jit.team import ITEMS, Team
 from pyinfer.program.program import Program
+from pyinfer.program.rope import Rope
 
 PREFILL_ATTEND_ROWS = 8
+TABLE_ROWS = 4096
 
 
 class Executor:
@@ -37,7 +39,7 @@ class Executor:
         start = self._memory.ctypes.data
         keys = [start + 2 * layer * layer_bytes for layer in range(cache.layers)]
         ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}
-        tables = {rope: rope.table(n_ctx).astype(np.float32) for rope in ropes}
+        tables = {rope: _table(rope, n_ctx) for rope in ropes}
         values = [key + layer_bytes for key in keys]
         self._machine = Machine(team.n_threads, weights, keys, values, head_bytes, tables)
 
@@ -83,3 +85,14 @@ class Executor:
         buffer = plan.logits
         raw = (np.ctypeslib.ctypes.c_float * (buffer.stride // 4 * n_wanted)).from_address(buffer.address)
         return np.frombuffer(raw, np.float32).reshape(n_wanted, -1)[:, : self.program.vocab_size].copy()
+
+
+def _table(rope: Rope, n_ctx: int) -> np.ndarray:
+    """float32 [n_ctx, dimension_count / 2, 2], made in parts: the float64 of a long context would be
+    large.
+    """
+    table = np.empty((n_ctx, rope.dimension_count // 2, 2), np.float32)
+    for first in range(0, n_ctx, TABLE_ROWS):
+        positions = np.arange(first, min(first + TABLE_ROWS, n_ctx))
+        table[positions] = rope.table(positions)
+    return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyinfer.jit.kernel import kernel_cache_is_cold
+from pyinfer.jit.kernel_cache import kernel_cache_is_cold
 
 __all__ = ["kernel_cache_is_cold", "read_bandwidth"]
 

@@ -79,6 +79,16 @@ def atomic_store(typingctx, address, value):
 
 
 @intrinsic
+def atomic_exchange(typingctx, address, value):
+    """Store and return the value before."""
+
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("xchg", _pointer(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def atomic_replace(typingctx, address, expected, new):
     """Store `new` if the value is `expected`; says whether it did (sequentially consistent)."""
 

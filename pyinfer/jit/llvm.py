@@ -6,10 +6,14 @@ GEMM tile. Both live in registers as locals of a kernel. Addresses are int64.
 
 from __future__ import annotations
 
+import platform
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import models, register_model
+
+from pyinfer.jit.levels import effective_features
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -93,3 +97,71 @@ def word(result, generate, *arguments):
         return context.get_dummy_value() if value is None else value
 
     return result(*arguments), implementation
+
+
+def has_half_instructions() -> bool:
+    """Whether LLVM converts halves by itself: x86 without F16C would call functions that are not there."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not x86 or "f16c" in effective_features()
+
+
+def _like(value, llvm_type):
+    """`llvm_type` itself for a scalar, a vector of it for a vector."""
+    return ir.VectorType(llvm_type, value.type.count) if isinstance(value.type, ir.VectorType) else llvm_type
+
+
+def _constant_like(llvm_type, number):
+    return (
+        constant(llvm_type, number)
+        if isinstance(llvm_type, ir.VectorType)
+        else ir.Constant(llvm_type, number)
+    )
+
+
+def extend_half(builder, bits):
+    """Bits of halves (i16, scalar or vector) -> float32, exactly."""
+    wide, real = _like(bits, I32), _like(bits, F32)
+    if has_half_instructions():
+        return builder.fpext(builder.bitcast(bits, _like(bits, F16)), real)
+
+    def number(value):
+        return _constant_like(wide, value)
+
+    whole = builder.zext(bits, wide)
+    magnitude = builder.shl(builder.and_(whole, number(0x7FFF)), number(13))
+    # The exponent's bias differs by 112; as a product that holds for subnormal halves too.
+    value = builder.fmul(builder.bitcast(magnitude, real), _constant_like(real, 2.0**112))
+    infinite = builder.icmp_unsigned(">=", magnitude, number(0x7C00 << 13))
+    finished = builder.bitcast(value, wide)
+    finished = builder.select(infinite, builder.or_(magnitude, number(0x7F800000)), finished)
+    sign = builder.shl(builder.and_(whole, number(0x8000)), number(16))
+    return builder.bitcast(builder.or_(finished, sign), real)
+
+
+def truncate_to_half(builder, value):
+    """float32 (scalar or vector) -> bits of the nearest halves (i16), ties to even."""
+    wide, real, narrow = _like(value, I32), _like(value, F32), _like(value, I16)
+    if has_half_instructions():
+        return builder.bitcast(builder.fptrunc(value, _like(value, F16)), narrow)
+
+    def number(given):
+        return _constant_like(wide, given)
+
+    bits = builder.bitcast(value, wide)
+    sign = builder.lshr(builder.and_(bits, number(0x80000000)), number(16))
+    magnitude = builder.and_(bits, number(0x7FFFFFFF))
+    # Normal: change the bias, add half a unit (a little less when even) and cut. Overflow becomes infinity by
+    # itself.
+    odd = builder.and_(builder.lshr(magnitude, number(13)), number(1))
+    normal = builder.add(builder.add(magnitude, number((-112 << 23) & 0xFFFFFFFF)), number(0xFFF))
+    normal = builder.lshr(builder.add(normal, odd), number(13))
+    # Subnormal: adding 0.5 makes the processor round at the right bit.
+    moved = builder.fadd(builder.bitcast(magnitude, real), _constant_like(real, 0.5))
+    subnormal = builder.sub(builder.bitcast(moved, wide), number(0x3F000000))
+    small = builder.icmp_unsigned("<", magnitude, number(0x38800000))
+    large = builder.icmp_unsigned(">=", magnitude, number(0x47800000))
+    nan = builder.icmp_unsigned(">", magnitude, number(0x7F800000))
+    result = builder.select(small, subnormal, normal)
+    result = builder.select(large, number(0x7C00), result)
+    result = builder.select(nan, number(0x7E00), result)
+    return builder.trunc(builder.or_(result, sign), narrow)

@@ -10,8 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-F16, F32 = ir.HalfType(), ir.FloatType()
-I16, I32 = ir.IntType(16), ir.IntType(32)
+from pyinfer.jit.llvm import F32, I16, I32, extend_half, truncate_to_half
 
 
 def _pointer_word(numba_type):
@@ -56,7 +55,7 @@ def half_to_float(typingctx, bits):
     """uint16 bits of an IEEE half -> float32."""
 
     def generate(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], F16), F32)
+        return extend_half(builder, args[0])
 
     return types.float32(types.uint16), generate
 
@@ -66,7 +65,7 @@ def float_to_half(typingctx, value):
     """float32 -> uint16 bits of the nearest IEEE half."""
 
     def generate(context, builder, signature, args):
-        return builder.bitcast(builder.fptrunc(args[0], F16), I16)
+        return truncate_to_half(builder, args[0])
 
     return types.uint16(types.float32), generate
 

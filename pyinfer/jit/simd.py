@@ -7,13 +7,13 @@ from numba import types
 from numba.extending import intrinsic
 
 from pyinfer.jit.llvm import (
-    F16,
     F32,
     I8,
     I16,
     I32,
     call,
     constant,
+    extend_half,
     f32x16,
     i32x16,
     load,
@@ -49,7 +49,7 @@ def load_f32x16(typingctx, address):
 @intrinsic
 def load_f16x16(typingctx, address):
     """16 halves as float32."""
-    return word(f32x16, lambda b, a: b.fpext(load(b, a, ir.VectorType(F16, 16)), f32x16.llvm), types.int64)
+    return word(f32x16, lambda b, a: extend_half(b, load(b, a, ir.VectorType(I16, 16))), types.int64)
 
 
 @intrinsic
@@ -98,14 +98,6 @@ def load_high_nibbles_f32x16(typingctx, address):
 @intrinsic
 def store_f32x16(typingctx, address, value):
     return word(types.void, lambda b, a, v: store(b, v, a), types.int64, f32x16)
-
-
-@intrinsic
-def store_f16x16(typingctx, address, value):
-    """Rounds to nearest halves."""
-    return word(
-        types.void, lambda b, a, v: store(b, b.fptrunc(v, ir.VectorType(F16, 16)), a), types.int64, f32x16
-    )
 
 
 @intrinsic

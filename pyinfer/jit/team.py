@@ -14,8 +14,10 @@ import time
 
 import numpy as np
 
+from pyinfer.errors import InputError
 from pyinfer.jit.atomics import (
     atomic_add,
+    atomic_exchange,
     atomic_load,
     atomic_replace,
     atomic_store,
@@ -153,11 +155,7 @@ def _wake(shared, thread):
 @routine
 def _leave(shared, thread):
     """Tell a worker to end; True when it was parked."""
-    state = shared + WORKERS + 64 * thread
-    if atomic_replace(state, PARKED, LEAVING):
-        return True
-    atomic_store(state, LEAVING)
-    return False
+    return atomic_exchange(shared + WORKERS + 64 * thread, LEAVING) == PARKED
 
 
 class _Size:
@@ -234,6 +232,8 @@ class Team:
     def run(self, program: np.ndarray, step: np.ndarray) -> None:
         """Run a program (int64 [n, FIELDS]) over a step block (int64); returns when it is done."""
         with self._lock:
+            if self._closed:
+                raise InputError("this team of threads is closed")
             threads = self._size.choose()
             if threads > 1 and not self._threads:
                 self._start()
@@ -249,6 +249,7 @@ class Team:
     def close(self) -> None:
         """End the threads."""
         with self._lock:
+            self._closed = True
             for thread in range(1, len(self._threads) + 1):
                 if _leave(self._address, thread):
                     self._wakes[thread].release()

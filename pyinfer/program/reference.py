@@ -29,8 +29,8 @@ class Reference:
     [n].
     """
 
-    def __init__(self, program: Program, dequantize: Callable[[Tensor], np.ndarray], n_ctx: int) -> None:
-        self.program, self._n_ctx = program, n_ctx
+    def __init__(self, program: Program, dequantize: Callable[[Tensor], np.ndarray]) -> None:
+        self.program = program
         self._dequantize = dequantize
         self._arrays: dict[str, np.ndarray] = {}
         self._cache: dict[tuple, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
@@ -64,7 +64,7 @@ class Reference:
 
     def _rope(self, op: Op, rows, x) -> np.ndarray:
         rope = op.params["rope"]
-        table = rope.table(self._n_ctx)[rows[1]][:, None]
+        table = rope.table(rows[1])[:, None]
         cos, sin = table[..., 0], table[..., 1]
         half = rope.dimension_count // 2
         heads = x.reshape(len(x), op.params["heads"], -1)

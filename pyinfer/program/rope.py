@@ -32,8 +32,8 @@ class Rope:
     beta_slow: float = 1.0
     factors: tuple[float, ...] = ()
 
-    def table(self, n_positions: int) -> np.ndarray:
-        """float64 [n_positions, dimension_count / 2, 2]: cosine and sine of every angle."""
+    def table(self, positions: np.ndarray) -> np.ndarray:
+        """float64 [positions, dimension_count / 2, 2]: cosine and sine of every angle."""
         half = self.dimension_count // 2
         frequencies = self.freq_base ** (-2.0 * np.arange(half) / self.dimension_count)
         if self.factors:
@@ -45,7 +45,7 @@ class Rope:
             ramp = self._yarn_ramp(half)
             frequencies = frequencies * (ramp + (1 - ramp) / self.scaling_factor)
             magnitude *= 1.0 + 0.1 * math.log(self.scaling_factor)
-        angles = np.arange(n_positions)[:, None] * frequencies
+        angles = np.asarray(positions)[:, None] * frequencies
         return np.stack([np.cos(angles), np.sin(angles)], 2) * magnitude
 
     def _yarn_ramp(self, half: int) -> np.ndarray:

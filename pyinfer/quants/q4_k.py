@@ -35,7 +35,8 @@ from pyinfer.quants.lanes import (
 from pyinfer.quants.panels import U4M, pack_codes
 
 TYPE, LAYOUT, BLOCK, BLOCK_BYTES = GGMLType.Q4_K, U4M, 256, 144
-TRIALS, TURNS, REFITS = 21, 2, 2
+TRIALS, TURNS, REFITS, FIRST, STRIDE = 21, 2, 2, 14.0, 0.15
+RISEN = 8192  # place in scratch
 STEP, OFFSET = 0, 1  # vectors in scratch: d and dmin of each lane's block
 SCALES, MINIMA, ERRORS = 2, 3, 4
 OTHER, SUMS = 5, 10
@@ -83,35 +84,53 @@ def codes_of(x, inverse, shift):
 
 
 @inline
-def _fit(scratch, inverse, shift, known):
-    """Least squares scale and minimum (>= 0) of the codes that inverse and shift lead to; what they leave.
+def _risen(scratch, i):
+    """Number i of each group above the group's least, so that sums of squares lose no digits to an offset."""
+    return load_f32x16(scratch + RISEN + 64 * i)
 
-    known : sums of w, w x and w x x
+
+@inline
+def _raise(scratch):
+    """Least numbers (at most 0) and ranges of the groups, and the sums of w, w y and w y y for _risen y."""
+    least = most = number(scratch, 0)
+    weights = numbers = squares = splat_f32x16(float32(0))
+    for i in range(32):
+        least, most = min_f32x16(number(scratch, i), least), max_f32x16(number(scratch, i), most)
+    least = min_f32x16(least, splat_f32x16(float32(0)))
+    for i in range(32):
+        y, w = sub_f32x16(number(scratch, i), least), weight(scratch, i)
+        store_f32x16(scratch + RISEN + 64 * i, y)
+        wy = mul_f32x16(w, y)
+        weights, numbers = add_f32x16(weights, w), add_f32x16(numbers, wy)
+        squares = fma_f32x16(wy, y, squares)
+    return least, sub_f32x16(most, least), (weights, numbers, squares)
+
+
+@inline
+def _fit(scratch, inverse, shift, least, known):
+    """Least squares scale s and offset f >= least of y = s q - f, for the codes q that inverse and shift lead
+    to, and what they leave.
     """
     weights, numbers, squares = known
-    q_, qq, qx = splat_f32x16(float32(0)), splat_f32x16(float32(0)), splat_f32x16(float32(0))
+    q_ = qq = qy = splat_f32x16(float32(0))
     for i in range(32):
-        x = number(scratch, i)
-        q = codes_of(x, inverse, shift)
+        y = _risen(scratch, i)
+        q = codes_of(y, inverse, shift)
         wq = mul_f32x16(weight(scratch, i), q)
-        q_, qq, qx = add_f32x16(q_, wq), fma_f32x16(wq, q, qq), fma_f32x16(wq, x, qx)
-    below = sub_f32x16(mul_f32x16(weights, qq), mul_f32x16(q_, q_))
-    zero = splat_f32x16(float32(0))
-    free = div_f32x16(sub_f32x16(mul_f32x16(q_, qx), mul_f32x16(qq, numbers)), below)
-    # where a minimum below 0 would fit best (or nothing), there is none
-    minimum_ = choose_less(zero, free, free, zero)
-    scale_ = choose_less(
-        zero,
-        minimum_,
-        div_f32x16(sub_f32x16(mul_f32x16(weights, qx), mul_f32x16(numbers, q_)), below),
-        div_f32x16(qx, qq),
-    )
-    # sum w (x - s q + m)^2
-    a = add_f32x16(squares, mul_f32x16(mul_f32x16(scale_, scale_), qq))
-    a = add_f32x16(a, mul_f32x16(mul_f32x16(minimum_, minimum_), weights))
-    cross = add_f32x16(mul_f32x16(scale_, qx), mul_f32x16(mul_f32x16(scale_, minimum_), q_))
-    cross = sub_f32x16(cross, mul_f32x16(minimum_, numbers))
-    return scale_, minimum_, sub_f32x16(a, add_f32x16(cross, cross))
+        q_, qq, qy = add_f32x16(q_, wq), fma_f32x16(wq, q, qq), fma_f32x16(wq, y, qy)
+    both = mul_f32x16(weights, qq)
+    below = sub_f32x16(both, mul_f32x16(q_, q_))
+    free = div_f32x16(sub_f32x16(mul_f32x16(q_, qy), mul_f32x16(qq, numbers)), below)
+    # codes that are all alike (but for rounding) say nothing about two unknowns
+    alike = mul_f32x16(both, splat_f32x16(float32(1e-5)))
+    offset = choose_less(alike, below, max_f32x16(free, least), least)
+    scale_ = div_f32x16(fma_f32x16(offset, q_, qy), qq)
+    # sum of w (y - s q + f)^2
+    left = fma_f32x16(mul_f32x16(scale_, scale_), qq, squares)
+    left = fma_f32x16(mul_f32x16(offset, offset), weights, left)
+    cross = fma_f32x16(scale_, qy, mul_f32x16(mul_f32x16(scale_, offset), q_))
+    cross = sub_f32x16(cross, mul_f32x16(offset, numbers))
+    return scale_, offset, sub_f32x16(left, add_f32x16(cross, cross))
 
 
 @inline
@@ -119,34 +138,20 @@ def _search(scratch):
     """Scales and minima of 16 groups of 32: of several stretches of the codes over the range the one whose
     least squares fit leaves the least, then codes and fit in turns.
     """
-    least = number(scratch, 0)
-    most = least
-    weights = numbers = squares = splat_f32x16(float32(0))
-    for i in range(32):
-        x, w = number(scratch, i), weight(scratch, i)
-        least, most = min_f32x16(x, least), max_f32x16(x, most)
-        wx = mul_f32x16(w, x)
-        weights, numbers = add_f32x16(weights, w), add_f32x16(numbers, wx)
-        squares = fma_f32x16(wx, x, squares)
-    known = (weights, numbers, squares)
+    least, width, known = _raise(scratch)
     zero = splat_f32x16(float32(0))
-    least = min_f32x16(least, zero)
-    width = sub_f32x16(most, least)
-    scale_, minimum_ = mul_f32x16(width, splat_f32x16(float32(1 / 15))), sub_f32x16(zero, least)
-    best = splat_f32x16(float32(3e38))
-    for k in range(TRIALS):
-        inverse = div_f32x16(splat_f32x16(float32(14.0 + 0.15 * k)), width)
-        found = _fit(scratch, inverse, mul_f32x16(sub_f32x16(zero, least), inverse), known)
+    scale_, offset, best = mul_f32x16(width, splat_f32x16(float32(1 / 15))), zero, splat_f32x16(float32(3e38))
+    for k in range(TRIALS + TURNS):
+        inverse = div_f32x16(splat_f32x16(float32(FIRST + STRIDE * k)), width)
+        shift = zero
+        if k >= TRIALS:
+            inverse = div_f32x16(splat_f32x16(float32(1)), scale_)
+            shift = mul_f32x16(offset, inverse)
+        found = _fit(scratch, inverse, shift, least, known)
         scale_ = choose_less(found[2], best, found[0], scale_)
-        minimum_ = choose_less(found[2], best, found[1], minimum_)
+        offset = choose_less(found[2], best, found[1], offset)
         best = min_f32x16(found[2], best)
-    for _ in range(TURNS):
-        inverse = div_f32x16(splat_f32x16(float32(1)), scale_)
-        found = _fit(scratch, inverse, mul_f32x16(minimum_, inverse), known)
-        scale_ = choose_less(found[2], best, found[0], scale_)
-        minimum_ = choose_less(found[2], best, found[1], minimum_)
-        best = min_f32x16(found[2], best)
-    return scale_, minimum_
+    return scale_, sub_f32x16(offset, least)
 
 
 @inline

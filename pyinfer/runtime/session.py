@@ -33,7 +33,9 @@ class Session:
             raise InputError(f"n_sequences is {n_sequences}, expected at least 1")
         most = model.program.most_positions
         if most is not None and n_ctx > most:
-            raise InputError(f"n_ctx is {n_ctx}, expected at most the {most} positions that this model learned")
+            raise InputError(
+                f"n_ctx is {n_ctx}, expected at most the {most} positions that this model learned"
+            )
         self.model, self.n_ctx, self.n_threads = model, n_ctx, n_threads
         self.n_vocab = model.program.vocab_size
         self._team = Team(n_threads)
@@ -54,7 +56,13 @@ class Session:
 
     def length(self, sequence: int = 0) -> int:
         """Tokens now in the KV cache of a sequence."""
+        self._check_sequences([sequence])
         return self._lengths[sequence]
+
+    def _check_sequences(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            if not 0 <= sequence < len(self._lengths):
+                raise InputError(f"sequence is {sequence}, expected 0 to {len(self._lengths) - 1}")
 
     def _check(self, tokens: np.ndarray) -> None:
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.n_vocab:
@@ -78,6 +86,7 @@ class Session:
         vocabulary.
         """
         ids = np.asarray(tokens, np.int64)
+        self._check_sequences([sequence])
         start, total = self._lengths[sequence], len(ids)
         if not total:
             raise InputError("no tokens to evaluate, expected at least one")
@@ -105,8 +114,10 @@ class Session:
         """One token for each of several different sequences; float32 [B, V]."""
         ids = np.asarray(tokens, np.int64)
         self._check(ids)
-        if not len(ids) == len(sequences) == len(set(sequences)):
-            raise InputError(f"{len(ids)} tokens for sequences {list(sequences)}, expected one for each of different sequences")
+        self._check_sequences(sequences)
+        if not 0 < len(ids) == len(sequences) == len(set(sequences)):
+            given = f"{len(ids)} tokens for sequences {list(sequences)}"
+            raise InputError(f"{given}, expected one token for each of different sequences")
         positions = [self._lengths[sequence] for sequence in sequences]
         if max(positions) >= self.n_ctx:
             raise ContextFullError(f"the context of {self.n_ctx} tokens is full; use a larger one")
@@ -117,6 +128,7 @@ class Session:
 
     def truncate(self, length: int, sequence: int = 0) -> None:
         """Forget everything of a sequence behind `length` tokens."""
+        self._check_sequences([sequence])
         self._lengths[sequence] = max(0, min(length, self._lengths[sequence]))
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Programs of one or two ops, run by the cpu executor and by the reference.
 
-A program ends with a linear, so an op under test is followed by one with the identity matrix in float32, which changes nothing.
+A program ends with a linear, so an op under test is followed by one with the identity matrix in float32,
+which changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ class Ops:
     def __init__(self) -> None:
         self.ops: list[Op] = []
 
-    def emit(self, name: str, inputs: tuple[Value, ...], width: int, weight: Tensor | None = None, bias: Tensor | None = None, **params):
+    def emit(
+        self,
+        name: str,
+        inputs: tuple[Value, ...],
+        width: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        **params,
+    ):
         output = Value(len(self.ops), width) if width else None
         self.ops.append(Op(name, inputs, output, weight, bias, params))
         return output
@@ -42,11 +51,13 @@ class Ops:
 class Both:
     """The same steps through both executors."""
 
-    def __init__(self, program: Program, team: Team, n_ctx: int = 64, n_sequences: int = 1, capacity: int = 40) -> None:
+    def __init__(
+        self, program: Program, team: Team, n_ctx: int = 64, n_sequences: int = 1, capacity: int = 40
+    ) -> None:
         file = SimpleNamespace(path="test.gguf", drop_pages=lambda tensor: None)
         self._weights = Weights(program, file, team)
         self._cpu = Executor(program, self._weights, team, n_ctx, n_sequences, capacity)
-        self._reference = Reference(program, dequantize, n_ctx)
+        self._reference = Reference(program, dequantize)
 
     def step(self, tokens, positions=None, sequences=None, wanted=None) -> tuple[np.ndarray, np.ndarray]:
         """(cpu, reference) outputs; by default all rows of sequence 0 from position 0."""

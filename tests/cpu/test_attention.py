@@ -1,4 +1,4 @@
-"""Attention and its cache against the reference: windows, shared heads, lengths around blocks, several sequences."""
+"""Attention and its cache against the reference: windows, shared heads, block borders, several sequences."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def team():
     made.close()
 
 
-def attention(team, heads, kv_heads, size=32, window=0, *, n_sequences=1, sharpness=1.0, halves=True, layers=1):
-    """A program that attends with queries, keys and values from tables; keys and values are halves unless asked otherwise."""
+def attention(
+    team, heads, kv_heads, size=32, window=0, *, n_sequences=1, sharpness=1.0, halves=True, layers=1
+):
+    """A program that attends with queries, keys and values from tables; `halves`: the last two are halves."""
     random, ops = np.random.default_rng(heads * 100 + kv_heads), Ops()
 
     def numbers(width):
@@ -31,10 +33,14 @@ def attention(team, heads, kv_heads, size=32, window=0, *, n_sequences=1, sharpn
 
     q = ops.rows("q", numbers(heads * size))
     for layer in range(layers):
-        k, v = ops.rows(f"k{layer}", numbers(kv_heads * size)), ops.rows(f"v{layer}", numbers(kv_heads * size))
+        k, v = (
+            ops.rows(f"k{layer}", numbers(kv_heads * size)),
+            ops.rows(f"v{layer}", numbers(kv_heads * size)),
+        )
         ops.emit("store", (k, v), 0, layer=layer, kv_heads=kv_heads)
-        q = ops.emit("attend", (q,), heads * size, layer=layer, heads=heads, kv_heads=kv_heads, head_size=size,
-                     scale=sharpness * size**-0.5, window=window)  # fmt: skip
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_size": size}
+        scale = sharpness * size**-0.5
+        q = ops.emit("attend", (q,), heads * size, layer=layer, **shape, scale=scale, window=window)
     return Both(ops.finish(q, Cache(layers, kv_heads, size)), team, N_CTX, n_sequences, capacity=N_CTX)
 
 
@@ -42,12 +48,16 @@ def run(both: Both, parts, sequence: int = 0, start: int = 0, bound: float = OPS
     """Steps of so many rows each, one behind the other."""
     random = np.random.default_rng(sum(parts) + sequence)
     for n in parts:
-        found, expected = both.step(random.integers(0, TABLE_ROWS, n), np.arange(start, start + n), np.full(n, sequence))
+        found, expected = both.step(
+            random.integers(0, TABLE_ROWS, n), np.arange(start, start + n), np.full(n, sequence)
+        )
         assert nmse(found, expected) <= bound, f"{n} rows from {start}"
         start += n
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 2), (2, 1), (3, 1), (9, 3), (4, 1), (8, 2), (8, 1), (16, 1), (5, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(1, 1), (2, 2), (2, 1), (3, 1), (9, 3), (4, 1), (8, 2), (8, 1), (16, 1), (5, 1)]
+)
 def test_heads_that_share_keys(heads, kv_heads, team):
     run(attention(team, heads, kv_heads), (20, 1, 1, 3, 5, 9, 1))
 
@@ -74,7 +84,7 @@ def test_keys_and_values_are_rounded_to_halves(team):
 
 @pytest.mark.parametrize("sharpness", [0.0, 30.0, 1000.0])
 def test_flat_and_sharp_weights(sharpness, team):
-    """All positions alike, one that wins, and scores of thousands whose exponentials overflow without care."""
+    """All positions alike, one that wins, and scores of thousands, whose exponentials would overflow."""
     run(attention(team, 4, 2, sharpness=sharpness), (150, 1, 6), bound=OPS["attend"] * max(1.0, sharpness**2))
 
 

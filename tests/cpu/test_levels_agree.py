@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pyinfer_tools.random_model import SHAPES, write_random_model
 
 from pyinfer.jit import levels
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
+from pyinfer_tools.random_model import SHAPES, write_random_model
 
 TOKENS = np.random.default_rng(1).integers(3, 500, 14)
 
@@ -20,7 +20,9 @@ def logits(path, level: str) -> np.ndarray:
     try:
         with load_model(path) as model:
             session = Session(model, 32, 2)
-            parts = [session.prefill(part, all_logits=True) for part in (TOKENS[:9], TOKENS[9:10], TOKENS[10:])]
+            parts = [
+                session.prefill(part, all_logits=True) for part in (TOKENS[:9], TOKENS[9:10], TOKENS[10:])
+            ]
             session.close()
         return np.concatenate(parts)
     finally:

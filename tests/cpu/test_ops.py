@@ -76,7 +76,9 @@ def test_linears_of_one_input(kind, watched, team):
     made = []
     for number, rows in enumerate((37, 16, 5)):
         bias = float_tensor(f"b{number}", 10 * random.standard_normal(rows)) if number != 1 else None
-        made.append(ops.emit("linear", (x,), rows, random_tensor(f"w{number}", kind, rows, columns, random), bias))
+        made.append(
+            ops.emit("linear", (x,), rows, random_tensor(f"w{number}", kind, rows, columns, random), bias)
+        )
     check(ops.finish(made[watched]), team, LINEAR[kind], random)
 
 
@@ -111,7 +113,12 @@ def test_a_tall_and_a_wide_matrix(team):
     random, ops = np.random.default_rng(7), Ops()
     x = ops.rows("x", exact_table(32, random))
     y = ops.emit("linear", (x,), 1600, random_tensor("tall", "q8_0", 1600, 32, random))
-    check(ops.finish(ops.emit("linear", (y,), 3, random_tensor("wide", "f16", 3, 1600, random))), team, 1e-11, random)
+    check(
+        ops.finish(ops.emit("linear", (y,), 3, random_tensor("wide", "f16", 3, 1600, random))),
+        team,
+        1e-11,
+        random,
+    )
 
 
 def test_rows_of_zeros(team):

@@ -1,8 +1,8 @@
 """How far the cpu executor may be from the reference: normalized mean squared error, per op and layout.
 
-What is float32 throughout is bounded by its additions. Layouts of K-quants round a group's scale to a half (2^-11).
-Quantized linears round activations to 8 bits per 32: for normal numbers (2.1 / 127)^2 / 12 = 2.3e-5 on average; few outputs may
-be further off.
+What is float32 throughout is bounded by its additions. Layouts of K-quants round a group's scale to a half
+(2^-11). Quantized linears round activations to 8 bits per 32: for normal numbers (2.1 / 127)^2 / 12 = 2.3e-5
+on average; few outputs may be further off.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from llvmlite import binding, ir
 
-from pyinfer.jit import simd
+from pyinfer.jit.dots import DOTS
+from pyinfer.jit.llvm import i32x16, load, store, u8x64
 
 ARM = "aarch64-unknown-linux-gnu"
 SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
@@ -41,10 +42,9 @@ def dot_ir(level: str, wide: bool) -> str:
     builder = ir.IRBuilder(function.append_basic_block())
     acc, codes, x, out = function.args
     loaded = [
-        simd.load(builder, at, kind)
-        for at, kind in ((acc, simd.i32x16.llvm), (codes, simd.u8x64.llvm), (x, simd.u8x64.llvm))
+        load(builder, at, kind) for at, kind in ((acc, i32x16.llvm), (codes, u8x64.llvm), (x, u8x64.llvm))
     ]
-    simd.store(builder, simd.DOTS[level](builder, *loaded, wide), out)
+    store(builder, DOTS[level](builder, *loaded, wide), out)
     builder.ret_void()
     return str(module)
 

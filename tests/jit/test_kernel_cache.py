@@ -17,12 +17,13 @@ import pytest
 
 import pyinfer
 from pyinfer import config
+from pyinfer.jit import levels
 
 # One kernel and the routines of the team, on one file: unpack Q8_0 from argv[1], say what the cache did.
 SCRIPT = """
 import json, sys
 import numpy as np
-from pyinfer.jit.kernel import cache_folder, kernel_cache_is_cold
+from pyinfer.jit.kernel_cache import cache_folder, kernel_cache_is_cold
 cold = kernel_cache_is_cold()
 from pyinfer.cpu.team_program import single_instruction
 from pyinfer.jit import team
@@ -31,12 +32,13 @@ from pyinfer.quants import panels, q8_0
 blocks = np.load(sys.argv[1])
 rows, columns = len(blocks), blocks.shape[1] // 34 * 32
 out = np.zeros(q8_0.LAYOUT.matrix_bytes(rows, columns), np.uint8)
-operands = np.array([blocks.ctypes.data, out.ctypes.data, rows, columns, q8_0.LAYOUT.panel_bytes(columns)], np.int64)
+stride = q8_0.LAYOUT.panel_bytes(columns)
+operands = np.array([blocks.ctypes.data, out.ctypes.data, rows, columns, stride], np.int64)
 made = team.Team(1)
 made.run(single_instruction(q8_0.pack, operands, panels.panels_of(rows)), np.zeros(1, np.int64))
 made.close()
 hits = q8_0.pack._compiled[level.get()].cache_hits + sum(team._lead.stats.cache_hits.values())
-np.save(sys.argv[2], panels.values(q8_0.LAYOUT, out, rows, columns))
+np.save(sys.argv[2], panels.values(q8_0.LAYOUT, out, rows, columns).astype(np.float32))
 print(json.dumps({"cold": cold, "hits": hits, "folder": str(cache_folder())}))
 """
 COMPILED = 2  # q8_0.pack and the team's _lead
@@ -64,11 +66,11 @@ def run(blocks, cache: Path, tmp_path: Path, before: str = "") -> dict:
     """What the process says; its values must be right."""
     out = tmp_path / "values.npy"
     done = subprocess.run(
-        command(blocks, out, before), env=environment(cache), capture_output=True, text=True, timeout=300
+        command(blocks, out, before), env=environment(cache), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    np.testing.assert_array_equal(np.load(out).astype(np.float32), blocks[1])
+    np.testing.assert_array_equal(np.load(out), blocks[1])
     return json.loads(done.stdout)
 
 
@@ -95,7 +97,7 @@ def files(cache: Path) -> dict[str, bytes]:
 
 def test_the_next_process_compiles_nothing(blocks, cache, tmp_path):
     before = files(cache)
-    assert any(name.endswith(".nbi") for name in before) and any(name.endswith(".nbc") for name in before)
+    assert len([name for name in before if name.endswith(".nbc")]) == COMPILED
     said = run(blocks, cache, tmp_path)
     assert not said["cold"] and said["hits"] == COMPILED
     assert files(cache) == before
@@ -104,6 +106,12 @@ def test_the_next_process_compiles_nothing(blocks, cache, tmp_path):
 def _flip(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes(byte ^ 0x5A for byte in data[middle : middle + 64]) + data[middle + 64 :]
+
+
+def _one_bit_of_code(data: bytes) -> bytes:
+    """A pickle of machine code stays a pickle; only the code is another."""
+    code = max(data.find(magic) for magic in (b"\x7fELF", b"\xcf\xfa\xed\xfe", b"\x64\x86")) + 300
+    return data[:code] + bytes([data[code] ^ 8]) + data[code + 1 :]
 
 
 DAMAGES = {
@@ -116,20 +124,13 @@ DAMAGES = {
     ),
     "noise": lambda data: np.random.default_rng(7).bytes(len(data)),
     "flipped bits": _flip,
+    "one bit of code": _one_bit_of_code,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_files_are_compiled_again_and_replaced(blocks, cache, tmp_path, damage):
-    """Indices and machine code together: what was damaged must neither run nor stay."""
-    for path in cache.rglob("*.nb?"):
-        path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    assert run(blocks, cache, tmp_path)["hits"] == 0
-    assert run(blocks, cache, tmp_path)["hits"] == COMPILED
-
-
-@pytest.mark.parametrize("damage", ["cut", "a page of zeros", "flipped bits"])
-def test_damaged_machine_code_behind_a_good_index_is_not_run(blocks, cache, tmp_path, damage):
+    """What was damaged must neither run nor stay."""
     for path in cache.rglob("*.nbc"):
         path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert run(blocks, cache, tmp_path)["hits"] == 0
@@ -153,7 +154,7 @@ def test_without_a_place_to_write_everything_still_works(blocks, tmp_path):
 
 def test_a_full_disk_leaves_no_rubbish(blocks, tmp_path):
     pytest.importorskip("resource", reason="the limit that stands for a full disk is POSIX's")
-    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))\n"
     cache = tmp_path / "cache"
     assert run(blocks, cache, tmp_path, full)["hits"] == 0
     assert not [name for name in files(cache) if ".tmp" in name]
@@ -170,9 +171,9 @@ def test_two_first_starts_at_once(blocks, tmp_path):
         for out in outs
     ]
     for process, out in zip(started, outs):
-        _, complaint = process.communicate(timeout=300)
+        _, complaint = process.communicate(timeout=120)
         assert process.returncode == 0, complaint
-        np.testing.assert_array_equal(np.load(out).astype(np.float32), blocks[1])
+        np.testing.assert_array_equal(np.load(out), blocks[1])
     assert run(blocks, cache, tmp_path)["hits"] == COMPILED
 
 
@@ -181,20 +182,24 @@ def test_editing_any_compiled_source_changes_the_folder(tmp_path):
     package = shutil.copytree(
         Path(pyinfer.__file__).parent, tmp_path / "pyinfer", ignore=shutil.ignore_patterns("__pycache__")
     )
-    line = "from pyinfer.jit.kernel import cache_folder; print(cache_folder())"
+    line = "from pyinfer.jit.kernel_cache import cache_folder; print(cache_folder())"
 
     def folder(**changes: str) -> str:
         made = config.child_environment(
             PYINFER_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path), **changes
         )
-        return subprocess.run(
-            [sys.executable, "-c", line], env=made, capture_output=True, text=True, check=True, timeout=300
-        ).stdout
+        command = [sys.executable, "-c", line]
+        done = subprocess.run(
+            command, env=made, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout
 
-    seen = [folder(), folder(PYINFER_SIMD="portable")]
-    assert seen[0] == folder()
+    best, portable = levels.available()[0], folder(PYINFER_SIMD="portable")
+    seen = [folder(PYINFER_SIMD=best)]
+    assert seen[0] == folder(PYINFER_SIMD=best)
+    assert (seen[0] == portable) == (best == "portable")
     for edited in ("jit/memory.py", "quants/panels.py", "cpu/math.py"):
         with (package / edited).open("a", encoding="utf-8") as file:
             file.write("\n# another line\n")
-        seen.append(folder())
-    assert len(set(seen)) == len(seen) or (seen[0] == seen[1] and len(set(seen)) == len(seen) - 1)
+        seen.append(folder(PYINFER_SIMD=best))
+    assert len(set(seen)) == len(seen)

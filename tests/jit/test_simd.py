@@ -6,8 +6,10 @@ import numba
 import numpy as np
 import pytest
 
-from pyinfer.jit import levels, simd
+from pyinfer.jit import levels, llvm
+from pyinfer.jit.dots import DOTS
 from pyinfer.jit.kernel import FASTMATH
+from pyinfer.jit.memory import f32_at, float_to_half, u16_at
 from pyinfer.jit.simd import (
     add_f32x16,
     fma_f32x16,
@@ -21,11 +23,12 @@ from pyinfer.jit.simd import (
     mul_f32x16,
     round_i32x16,
     splat_f32x16,
-    store_f16x16,
     store_f32x16,
     store_i8x16,
     sum_f32x16,
     sum_i32x16,
+)
+from pyinfer.jit.tiles import (
     tile_add_memory,
     tile_add_product,
     tile_add_scaled,
@@ -99,7 +102,7 @@ def test_dot_is_exact_at_every_level(at_level):
 
 
 def test_every_level_has_its_own_dot():
-    assert set(simd.DOTS) == set(levels.NAMES)
+    assert set(DOTS) == set(levels.NAMES)
 
 
 @compiled
@@ -146,29 +149,36 @@ def test_vector_words_equal_numpy():
         np.testing.assert_array_equal(sums[row], (codes.reshape(16, 4).astype(np.int64) * x).sum(1))
 
 
-@compiled
+@pytest.fixture(params=["instructions", "arithmetic"])
+def half_words(request, monkeypatch):
+    """The words compiled with the processor's conversions, and as for x86 without F16C."""
+    if request.param == "arithmetic":
+        monkeypatch.setattr(llvm, "has_half_instructions", lambda: False)
+    return compiled(halves), compiled(to_halves)
+
+
 def halves(source, wide, back, brain, n):
     for at in range(0, n, 16):
         x = load_f16x16(source + 2 * at)
         store_f32x16(wide + 4 * at, x)
         store_f32x16(brain + 4 * at, load_bf16x16(source + 2 * at))
-        store_f16x16(back + 2 * at, load_f32x16(wide + 4 * at))
+    for at in range(n):
+        u16_at(back)[at] = float_to_half(f32_at(wide)[at])
 
 
-@compiled
 def to_halves(source, target, n):
-    for at in range(0, n, 16):
-        store_f16x16(target + 2 * at, load_f32x16(source + 4 * at))
+    for at in range(n):
+        u16_at(target)[at] = float_to_half(f32_at(source)[at])
 
 
-def test_every_half_is_converted_as_numpy_does():
+def test_every_half_is_converted_as_numpy_does(half_words):
     bits = np.arange(1 << 16, dtype=np.uint16)
     wide, back, brain = (
         np.zeros(bits.size, np.float32),
         np.zeros(bits.size, np.uint16),
         np.zeros(bits.size, np.float32),
     )
-    halves(*(array.ctypes.data for array in (bits, wide, back, brain)), bits.size)
+    half_words[0](*(array.ctypes.data for array in (bits, wide, back, brain)), bits.size)
     expected = bits.view(np.float16).astype(np.float32)
     np.testing.assert_array_equal(wide, expected)
     number = ~np.isnan(expected)
@@ -177,12 +187,12 @@ def test_every_half_is_converted_as_numpy_does():
     np.testing.assert_array_equal(brain, (bits.astype(np.uint32) << 16).view(np.float32))
 
 
-def test_floats_are_rounded_to_the_nearest_half():
+def test_floats_are_rounded_to_the_nearest_half(half_words):
     random = np.random.default_rng(3)
     values = (random.standard_normal(4096) * 10.0 ** random.uniform(-9, 6, 4096)).astype(np.float32)
     values[:6] = 0.0, -0.0, 65504.0, 65519.99, 65520.0, 2.0**-25
     found = np.zeros(values.size, np.uint16)
-    to_halves(values.ctypes.data, found.ctypes.data, values.size)
+    half_words[1](values.ctypes.data, found.ctypes.data, values.size)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(found, values.astype(np.float16).view(np.uint16))
 

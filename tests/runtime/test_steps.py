@@ -1,4 +1,4 @@
-"""What a row computes depends on nothing but its own past: not on the rows beside it, on chunks, or on threads.
+"""What a row computes depends only on its own past: not on the rows beside it, on chunks, or on threads.
 
 All comparisons are bit for bit: an answer does not change with the way in which its tokens were grouped.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from golden_files import NAMES, load_golden
-from pyinfer_tools.random_model import SHAPES, write_random_model
 
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
+from pyinfer_tools.random_model import SHAPES, write_random_model
 
 QUANTS = ("q4_0", "q4_1", "q8_0", "f16")
 every_model = pytest.mark.parametrize("name", [*NAMES, *QUANTS])
