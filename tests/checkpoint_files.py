@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pyinfer_convert.checkpoint import open_checkpoint
+from pyinfer_convert.vocab import tokenizer_metadata
+
 _NAMES = {"f4": "F32", "f2": "F16", "f8": "F64", "i8": "I64", "u1": "U8"}
 _STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "f8": "DoubleStorage", "i8": "LongStorage"}
 
@@ -67,6 +70,22 @@ def write_folder(folder: Path, files: Mapping[str, object]) -> Path:
             content = json.dumps(content).encode()
         (folder / name).write_bytes(content)
     return folder
+
+
+def tokenizer_folder(folder: Path, files: Mapping[str, object], config: dict | None = None) -> Path:
+    """A checkpoint with these tokenizer files and as good as no weights."""
+    weights = safetensors({"x": np.zeros(1, np.float32)})
+    return write_folder(
+        folder / "model", {"config.json": config or {}, "model.safetensors": weights, **files}
+    )
+
+
+def read_tokenizer(
+    folder: Path, files: Mapping[str, object], config: dict | None = None, rows: int | None = None
+) -> dict[str, object]:
+    """The tokenizer keys of a checkpoint with these files."""
+    with open_checkpoint(tokenizer_folder(folder, files, config)) as checkpoint:
+        return tokenizer_metadata(checkpoint, rows)
 
 
 def _text(text: str) -> bytes:

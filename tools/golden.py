@@ -27,7 +27,7 @@ from pyinfer_tools.vocabularies import add_byte_level, add_sentencepiece
 _TOKENS = 40
 _CONTEXT = 256
 _MAX_BYTES = 600_000
-_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
+_FOLDER = Path("tests/golden")  # of a checkout, in which the tool is run
 
 _BLOCK_NAMES = {
     "self_attn.q_proj": "attn_q",

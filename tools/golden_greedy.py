@@ -21,7 +21,7 @@ import click
 from pyinfer.errors import PyInferError
 from pyinfer_tools import llama_cpp
 
-_FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
+_FOLDER = Path("tests/golden")  # of a checkout, in which the tool is run
 
 
 def _chat(*turns: str) -> str:

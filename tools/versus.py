@@ -48,7 +48,11 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
-        self.build: str = self._answer()["build"]
+        try:
+            self.build: str = self._answer()["build"]
+        except BaseException:
+            self.close()
+            raise
 
     def speed(self, work: str, tokens: int, limit_seconds: float | None = None) -> float:
         """Tokens per second of one run; work is "prefill" or "decode"."""

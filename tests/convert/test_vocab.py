@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_files import safetensors, write_folder
+from checkpoint_files import read_tokenizer, tokenizer_folder, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -23,7 +23,6 @@ from pyinfer_convert.vocab import tokenizer_metadata
 MIXED = st.one_of(
     st.text(max_size=60), st.lists(st.sampled_from(CORPUS.split(" ")), max_size=12).map(" ".join)
 )
-WEIGHTS = {"model.safetensors": safetensors({"x": np.zeros(1, np.float32)})}
 GGML = "tokenizer.ggml."
 
 
@@ -51,17 +50,6 @@ WORDS = {
 }
 
 
-def folder_of(tmp_path: Path, files: dict, config: dict | None = None) -> Path:
-    return write_folder(tmp_path / "model", {"config.json": config or {}, **WEIGHTS, **files})
-
-
-def read(
-    tmp_path: Path, files: dict, config: dict | None = None, rows: int | None = None
-) -> dict[str, object]:
-    with open_checkpoint(folder_of(tmp_path, files, config)) as checkpoint:
-        return tokenizer_metadata(checkpoint, rows)
-
-
 @pytest.fixture(scope="module")
 def byte_trained(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """name -> (metadata, oracle) of a tokenizer.json with added tokens and a begin token."""
@@ -79,7 +67,7 @@ def byte_trained(tmp_path_factory: pytest.TempPathFactory) -> dict:
             single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
         )
         folder = tmp_path_factory.mktemp("byte")
-        made[name] = read(folder, {"tokenizer.json": oracle.to_str()}), oracle
+        made[name] = read_tokenizer(folder, {"tokenizer.json": oracle.to_str()}), oracle
     return made
 
 
@@ -115,7 +103,7 @@ def test_added_tokens_are_control_or_found_in_text(byte_trained) -> None:
 def test_a_vocabulary_that_looks_words_up_whole_gets_a_row_that_does(tmp_path) -> None:
     _, oracle = byte_level([split(LLAMA3)], "llama-bpe")
     oracle.model.ignore_merges = True
-    metadata = read(tmp_path, {"tokenizer.json": oracle.to_str()})
+    metadata = read_tokenizer(tmp_path, {"tokenizer.json": oracle.to_str()})
     assert metadata[GGML + "pre"] == "llama-bpe" and not metadata[GGML + "add_bos_token"]
     ours = Tokenizer.from_metadata(metadata)
     assert all(ours.encode(text) == oracle.encode(text).ids for text in TEXTS)
@@ -133,7 +121,7 @@ def test_every_row_is_found_from_its_own_patterns(tmp_path, name) -> None:
         "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "ignore_merges": row.ignore_merges},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, bytes_only]},
     }
-    found = PRETOKENIZERS[read(tmp_path, {"tokenizer.json": spec})[GGML + "pre"]]
+    found = PRETOKENIZERS[read_tokenizer(tmp_path, {"tokenizer.json": spec})[GGML + "pre"]]
     assert (found.patterns, found.ignore_merges) == (row.patterns, row.ignore_merges)
 
 
@@ -193,7 +181,7 @@ def pieces() -> dict:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_sentencepiece_model_alone_is_read_whole(tmp_path, pieces, name) -> None:
     expected, processor = pieces[name]
-    metadata = read(tmp_path, {"tokenizer.model": processor.serialized_model_proto(), **NO_EOS})
+    metadata = read_tokenizer(tmp_path, {"tokenizer.model": processor.serialized_model_proto(), **NO_EOS})
     user = expected[GGML + "token_type"] == 4
     shown = [
         text.replace("\u2581", " ") if of_user else text
@@ -221,7 +209,7 @@ def test_a_tokenizer_json_like_sentencepiece_encodes_as_the_library(
     files = {"tokenizer.json": oracle.to_str()}
     if beside:
         files["tokenizer.model"] = processor.serialized_model_proto()
-    metadata = read(tmp_path, files)
+    metadata = read_tokenizer(tmp_path, files)
     assert metadata[GGML + "model"] == "llama" and metadata[GGML + "unknown_token_id"] == processor.unk_id()
     assert metadata[GGML + "add_space_prefix"] == expected[GGML + "add_space_prefix"]
     assert np.array_equal(metadata[GGML + "token_type"], expected[GGML + "token_type"])
@@ -242,11 +230,14 @@ def test_a_tokenizer_json_like_sentencepiece_encodes_as_the_library(
 
 def test_scores_of_merges_order_tokens_as_the_scores_do(tmp_path, pieces) -> None:
     expected, _ = pieces["llama"]
-    metadata = read(tmp_path, {"tokenizer.json": as_transformers_does(expected, metaspace=False).to_str()})
+    metadata = read_tokenizer(
+        tmp_path, {"tokenizer.json": as_transformers_does(expected, metaspace=False).to_str()}
+    )
     merged = [
-        number for number, text in enumerate(expected[GGML + "tokens"])
+        number
+        for number, text in enumerate(expected[GGML + "tokens"])
         if expected[GGML + "token_type"][number] == 1 and len(text) > 1
-    ]  # fmt: skip
+    ]
     order = [
         np.argsort(-scores[merged], kind="stable").tolist()
         for scores in (metadata[GGML + "scores"], expected[GGML + "scores"])
@@ -268,12 +259,12 @@ def test_merges_that_no_scores_can_say_are_refused(tmp_path, pieces) -> None:
     with pytest.raises(
         UnsupportedError, match=r"is not merged from .*put the model's tokenizer\.model beside it"
     ):
-        read(tmp_path / "lost", {"tokenizer.json": lost})
+        read_tokenizer(tmp_path / "lost", {"tokenizer.json": lost})
     moved = json.loads(json.dumps(spec))
     moved["model"]["merges"].insert(0, moved["model"]["merges"].pop(ways[-1]))
     with pytest.raises(UnsupportedError, match=r"is merged at two places of the list"):
-        read(tmp_path / "moved", {"tokenizer.json": moved})
-    beside = read(
+        read_tokenizer(tmp_path / "moved", {"tokenizer.json": moved})
+    beside = read_tokenizer(
         tmp_path / "beside", {"tokenizer.json": lost, "tokenizer.model": processor.serialized_model_proto()}
     )
     assert np.array_equal(beside[GGML + "scores"], metadata[GGML + "scores"])
@@ -285,7 +276,7 @@ def test_files_of_two_models_are_refused(tmp_path, pieces) -> None:
     with pytest.raises(
         FormatError, match=r"tokenizer\.json: token \d+ is .*, but .* in tokenizer\.model; fetch"
     ):
-        read(tmp_path, {"tokenizer.json": spec, "tokenizer.model": other})
+        read_tokenizer(tmp_path, {"tokenizer.json": spec, "tokenizer.model": other})
 
 
 @pytest.mark.parametrize(
@@ -300,12 +291,12 @@ def test_files_of_two_models_are_refused(tmp_path, pieces) -> None:
 def test_sentencepiece_models_beyond_gguf_are_refused(tmp_path, options, message) -> None:
     _, processor = sentencepiece(**options)
     with pytest.raises(UnsupportedError, match=rf"tokenizer\.model: .*{message}"):
-        read(tmp_path, {"tokenizer.model": processor.serialized_model_proto()})
+        read_tokenizer(tmp_path, {"tokenizer.model": processor.serialized_model_proto()})
 
 
 def test_damaged_sentencepiece_models_are_refused_or_read(tmp_path, pieces) -> None:
     whole = pieces["llama"][1].serialized_model_proto()
-    with open_checkpoint(folder_of(tmp_path, {})) as checkpoint:
+    with open_checkpoint(tokenizer_folder(tmp_path, {})) as checkpoint:
 
         @settings(max_examples=150, deadline=None)
         @given(st.integers(0, len(whole) - 1), st.integers(0, 255), st.integers(0, len(whole)))
@@ -343,16 +334,23 @@ def opt_files(tmp_path: Path) -> tuple[dict, Oracle]:
     oracle.pre_tokenizer = GPT2
     end = {"__type": "AddedToken", "content": "</s>", "normalized": True}
     settings = {
-        "bos_token": end, "eos_token": end, "unk_token": end, "pad_token": "<pad>",
-        "add_bos_token": True, "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer",
-    }  # fmt: skip
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_prefix_space": False,
+        "tokenizer_class": "GPT2Tokenizer",
+    }
     return {"vocab.json": vocab, "merges.txt": merges, "tokenizer_config.json": settings}, oracle
 
 
 def test_opt_begins_with_its_end_token(tmp_path) -> None:
     files, oracle = opt_files(tmp_path)
     count = oracle.get_vocab_size()
-    metadata = read(tmp_path, files, {"model_type": "opt", "vocab_size": count + 7, "bos_token_id": 2})
+    metadata = read_tokenizer(
+        tmp_path, files, {"model_type": "opt", "vocab_size": count + 7, "bos_token_id": 2}
+    )
     assert metadata[GGML + "pre"] == "gpt-2" and metadata[GGML + "add_bos_token"] is True
     ids = [metadata[GGML + f"{role}_token_id"] for role in ("bos", "eos", "unknown", "padding")]
     assert ids == [2, 2, 2, 1]
@@ -369,15 +367,19 @@ def test_opt_begins_with_its_end_token(tmp_path) -> None:
 def test_the_class_or_the_type_says_how_words_are_cut(tmp_path) -> None:
     files, _ = opt_files(tmp_path)
     assert (
-        read(tmp_path / "1", {**files, "tokenizer_config.json": {}}, {"model_type": "opt"})[GGML + "pre"]
+        read_tokenizer(tmp_path / "1", {**files, "tokenizer_config.json": {}}, {"model_type": "opt"})[
+            GGML + "pre"
+        ]
         == "gpt-2"
     )
     settings = {"tokenizer_class": "Qwen2TokenizerFast"}
-    assert read(tmp_path / "2", {**files, "tokenizer_config.json": settings})[GGML + "pre"] == "qwen2"
+    assert (
+        read_tokenizer(tmp_path / "2", {**files, "tokenizer_config.json": settings})[GGML + "pre"] == "qwen2"
+    )
     with pytest.raises(
         UnsupportedError, match=r"does not say how its tokenizer cuts words; load the tokenizer"
     ):
-        read(tmp_path / "3", {**files, "tokenizer_config.json": {}})
+        read_tokenizer(tmp_path / "3", {**files, "tokenizer_config.json": {}})
 
 
 def test_added_tokens_of_elder_files(tmp_path) -> None:
@@ -385,210 +387,11 @@ def test_added_tokens_of_elder_files(tmp_path) -> None:
     count = oracle.get_vocab_size()
     files["added_tokens.json"] = {"<|a|>": count, "plain": count + 1, "<s>": 0}
     files["special_tokens_map.json"] = {"additional_special_tokens": ["<|a|>", {"content": "<s>"}]}
-    metadata = read(tmp_path / "1", files, {"vocab_size": count + 2})
+    metadata = read_tokenizer(tmp_path / "1", files, {"vocab_size": count + 2})
     assert metadata[GGML + "tokens"][count:] == ["<|a|>", "plain"]
     assert metadata[GGML + "token_type"][count:].tolist() == [3, 4] and metadata[GGML + "token_type"][0] == 3
     files["tokenizer_config.json"]["added_tokens_decoder"] = {
         str(count): {"content": "<|a|>", "special": False}
     }
     files["special_tokens_map.json"] = {}
-    assert read(tmp_path / "2", files)[GGML + "token_type"][count:].tolist() == [4, 4]
-
-
-# ---- roles, ends, templates, counts
-
-
-def spec_of(**changes: object) -> dict:
-    spec = {
-        "added_tokens": [
-            {"id": 4, "content": "<bos>", "special": True},
-            {"id": 5, "content": "<eos>", "special": True},
-            {"id": 6, "content": "<turn>", "special": True},
-        ],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "aba": 3}, "merges": ["a b", "ab a"]},
-    }
-    return {**spec, **changes}
-
-
-def test_roles_come_from_text_before_numbers(tmp_path) -> None:
-    settings = {"eos_token": {"content": "<eos>"}, "bos_token": None}
-    files = {
-        "tokenizer.json": spec_of(),
-        "tokenizer_config.json": settings,
-        "special_tokens_map.json": {"pad_token": "b"},
-    }
-    metadata = read(tmp_path, files, {"bos_token_id": 4, "eos_token_id": 0, "pad_token_id": -1})
-    roles = {
-        key: metadata.get(GGML + key + "_token_id") for key in ("bos", "eos", "padding", "unknown", "mask")
-    }
-    assert roles == {"bos": 4, "eos": 5, "padding": 1, "unknown": None, "mask": None}
-    assert metadata[GGML + "add_bos_token"] is False and metadata[GGML + "add_eos_token"] is False
-
-
-def test_further_ends_of_the_generation_configuration_count(tmp_path) -> None:
-    files = {"tokenizer.json": spec_of(), "generation_config.json": {"eos_token_id": [5, 6, 3, 2]}}
-    metadata = read(tmp_path / "1", files, {"eos_token_id": [5, 6]})
-    assert metadata[GGML + "eos_token_id"] == 5
-    assert [metadata[GGML + "eot_token_id"], metadata[GGML + "eom_token_id"]] == [6, 3]
-    assert Tokenizer.from_metadata(metadata).end_ids == {5, 6, 3}
-    files["generation_config.json"] = {"eos_token_id": 6}
-    assert Tokenizer.from_metadata(read(tmp_path / "2", files, {"eos_token_id": 5})).end_ids == {5, 6}
-
-
-def template(*names: str, ids: dict | None = None) -> dict:
-    pieces = [{"Sequence": {"id": "A"}} if name == "A" else {"SpecialToken": {"id": name}} for name in names]
-    known = {"<bos>": [4], "<eos>": [5]} if ids is None else ids
-    tokens = {name: {"id": name, "ids": numbers, "tokens": [name]} for name, numbers in known.items()}
-    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": tokens}
-
-
-@pytest.mark.parametrize(
-    "processor, settings, bos, eos",
-    [
-        (None, {}, False, False),
-        (template("<bos>", "A"), {}, True, False),
-        (template("<bos>", "A", "<eos>"), {}, True, True),
-        ({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template("<bos>", "A")]}, {}, True, False),
-        (None, {"add_bos_token": True, "tokenizer_class": "LlamaTokenizerFast"}, True, False),
-        (template("<bos>", "A"), {"add_bos_token": False, "tokenizer_class": "LlamaTokenizerFast"}, False, False),
-        (template("<bos>", "A"), {"add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}, True, False),
-        (None, {"add_eos_token": True, "tokenizer_class": "LlamaTokenizer"}, False, True),
-    ],
-)  # fmt: skip
-def test_what_stands_around_a_text(tmp_path, processor, settings, bos, eos) -> None:
-    files = {"tokenizer.json": spec_of(post_processor=processor), "tokenizer_config.json": settings}
-    metadata = read(tmp_path, files, {"bos_token_id": 4, "eos_token_id": 5})
-    assert Tokenizer.from_metadata(metadata).encode("ab") == [4] * bos + [2] + [5] * eos
-
-
-def test_more_than_one_token_around_a_text_is_refused(tmp_path) -> None:
-    spec = spec_of(post_processor=template("<bos>", "<eos>", "A"))
-    with pytest.raises(UnsupportedError, match=r"tokens \[4, 5\] are put around every text"):
-        read(tmp_path, {"tokenizer.json": spec})
-
-
-@pytest.mark.parametrize(
-    "files, expected",
-    [
-        ({}, None),
-        ({"tokenizer_config.json": {"chat_template": "{{ a }}"}}, "{{ a }}"),
-        ({"tokenizer_config.json": {"chat_template": "old"}, "chat_template.jinja": "{{ ü }}"}, "{{ ü }}"),
-        ({"chat_template.json": {"chat_template": "{{ c }}"}}, "{{ c }}"),
-        (
-            {"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}},
-            "d",
-        ),
-        ({"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "t"}]}}, None),
-    ],
-)  # fmt: skip
-def test_chat_templates(tmp_path, files, expected) -> None:
-    assert read(tmp_path, {"tokenizer.json": spec_of(), **files}).get("tokenizer.chat_template") == expected
-
-
-def test_the_file_gets_a_token_for_every_row(tmp_path) -> None:
-    files = {"tokenizer.json": spec_of()}
-    assert len(read(tmp_path / "1", files)[GGML + "tokens"]) == 7
-    assert read(tmp_path / "2", files, {"vocab_size": 9})[GGML + "tokens"][6:] == [
-        "<turn>",
-        "[PAD7]",
-        "[PAD8]",
-    ]
-    assert len(read(tmp_path / "3", files, {"vocab_size": 9}, rows=8)[GGML + "tokens"]) == 8
-    # Additions without a row are left out, a vocabulary without rows is an error.
-    assert read(tmp_path / "4", files, {"vocab_size": 5})[GGML + "tokens"] == ["a", "b", "ab", "aba", "<bos>"]
-    with pytest.raises(
-        FormatError, match=r"the tokenizer has 7 tokens, but the embedding has 3 rows \(aba has id 3\)"
-    ):
-        read(tmp_path / "5", files, {"vocab_size": 3})
-    with pytest.raises(FormatError, match=r"vocab_size is 99999999999, expected a count"):
-        read(tmp_path / "6", files, {"vocab_size": 99999999999})
-
-
-def model_of(**changes: object) -> dict:
-    return spec_of(model={**spec_of()["model"], **changes})
-
-
-BYTE_LEVEL = {**spec_of()["pre_tokenizer"], "trim_offsets": True}
-REFUSED = {
-    "no tokenizer": ({}, FormatError, r"the folder has no tokenizer, expected tokenizer\.json, tokenizer\.model, or"),
-    "no merges.txt": ({"vocab.json": {"a": 0}}, FormatError, r"the folder has no tokenizer"),
-    "no merges": ({"tokenizer.json": model_of(merges=None)}, FormatError, r"tokenizer\.json: has no merges"),
-    "merges of three": ({"tokenizer.json": model_of(merges=["a b c"])}, FormatError, r"merge 0 is a b c, expected two"),
-    "merges of numbers": ({"tokenizer.json": model_of(merges=[[1, 2]])}, FormatError, r"merge 0 is \[1, 2\]"),
-    "an id twice": ({"tokenizer.json": model_of(vocab={"a": 0, "b": 0})}, FormatError, r"tokens a and b both have id 0"),
-    "a huge id": ({"tokenizer.json": model_of(vocab={"a": 1 << 40})}, FormatError, r"token a has id 1099511627776"),
-    "a negative id": ({"tokenizer.json": model_of(vocab={"a": -1})}, FormatError, r"token a has id -1"),
-    "an id of text": ({"tokenizer.json": model_of(vocab={"a": "0"})}, FormatError, r"token a has id a str"),
-    "a vocabulary of pairs": ({"tokenizer.json": model_of(vocab=[["a", 0.0]])}, FormatError, r"vocab is a list"),
-    "Unigram": ({"tokenizer.json": model_of(type="Unigram")}, UnsupportedError, r"the model is Unigram, expected BPE"),
-    "WordPiece": ({"tokenizer.json": model_of(continuing_subword_prefix="##")}, UnsupportedError, r"continuing_subword_prefix"),
-    "no model": ({"tokenizer.json": {"pre_tokenizer": BYTE_LEVEL}}, FormatError, r"model is a NoneType"),
-    "an added token without id": (
-        {"tokenizer.json": spec_of(added_tokens=[{"content": "x"}])}, FormatError, r"token x has id a NoneType",
-    ),
-    "added tokens of text": ({"tokenizer.json": spec_of(added_tokens=["x"])}, FormatError, r"added_tokens is no list"),
-    "a template without ids": (
-        {"tokenizer.json": spec_of(post_processor=template("<bos>", "A", ids={}))}, FormatError, r"no id for <bos>",
-    ),
-    "lower case": (
-        {"tokenizer.json": spec_of(normalizer={"type": "Lowercase"})}, UnsupportedError, r"normalized by Lowercase",
-    ),
-    "a prefix for bytes": (
-        {"tokenizer.json": spec_of(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True})},
-        UnsupportedError, r"puts a space in front of a text",
-    ),
-    "an unknown step": (
-        {"tokenizer.json": spec_of(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, BYTE_LEVEL]})},
-        UnsupportedError, r"step .*Whitespace.* is not known; known are Split, Digits",
-    ),
-    "unknown words": (
-        {"tokenizer.json": spec_of(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": "[aeiou]+"}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL]})},
-        UnsupportedError, r"words are cut by \[aeiou\]\+ then .*which is none of pyinfer's ways",
-    ),
-    "words that are no regex": (
-        {"tokenizer.json": spec_of(pre_tokenizer={"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": "[a"}, "behavior": "Isolated", "invert": False}, BYTE_LEVEL]})},
-        FormatError, r"the pre-tokenizer cannot be used",
-    ),
-    "characters without spaces": (
-        {"tokenizer.json": spec_of(pre_tokenizer=None)}, UnsupportedError, r"spaces are not replaced by",
-    ),
-    "words of characters": (
-        {"tokenizer.json": spec_of(
-            pre_tokenizer={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
-            model={"type": "BPE", "vocab": {"a": 0, "\u2581": 1, "a\u2581": 2}, "merges": [["a", "\u2581"]]})},
-        UnsupportedError, r"words are cut at spaces although tokens have spaces inside",
-    ),
-    "nested": (
-        {"tokenizer.json": '{"model": {"vocab": {}}, "normalizer": ' + '{"type": "Sequence", "normalizers": [' * 300
-            + "null" + "]}" * 300 + "}"}, PyInferError, r"tokenizer\.json",
-    ),
-    "no SentencePiece model": ({"tokenizer.model": b"IQ== 0\nIg== 1\n"}, FormatError, r"expected a SentencePiece model"),
-    "merges.txt of bytes": (
-        {"vocab.json": {"a": 0}, "merges.txt": b"\xff", "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}},
-        FormatError, r"merges\.txt: byte 0 is no UTF-8",
-    ),
-    "a prefix in front of words": (
-        {"vocab.json": {"a": 0}, "merges.txt": b"", "tokenizer_config.json": {"add_prefix_space": True}},
-        UnsupportedError, r"add_prefix_space is true",
-    ),
-    "a template of bytes": (
-        {"tokenizer.json": spec_of(), "chat_template.jinja": b"\xff"}, FormatError, r"chat_template\.jinja: byte 0",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("files, error, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path, files, error, message) -> None:
-    with pytest.raises(error, match=message) as raised:
-        read(tmp_path, files)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_begin_token_beyond_the_vocabulary_is_refused(tmp_path) -> None:
-    with pytest.raises(
-        FormatError, match=r"config\.json: bos_token_id is 700, expected one of the vocabulary's 7"
-    ):
-        read(tmp_path, {"tokenizer.json": spec_of()}, {"bos_token_id": 700})
+    assert read_tokenizer(tmp_path / "2", files)[GGML + "token_type"][count:].tolist() == [4, 4]
