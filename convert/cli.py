@@ -1,42 +1,175 @@
-"""pyinfer-convert: write a model again with other tensor types."""
+"""`pyinfer-convert`: a Hugging Face checkpoint or a GGUF file becomes a GGUF file of the types asked for.
+
+Everything it says goes to standard error. Exit codes: 0 done, 1 something is wrong with the input (one
+sentence), 2 wrong usage, 130 interrupted, 143 ended from outside.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pyinfer.errors import PyInferError
-from pyinfer.progress import Progress
-from pyinfer_convert.requantize import TYPES, requantize
+from pyinfer import __version__, names
+from pyinfer.errors import InputError, PyInferError
+from pyinfer.progress import Progress, format_amount
+from pyinfer_convert.recipe import QUANTS
+
+INTERRUPTED, TERMINATED = 130, 143
+_QUANT_IN_NAME = re.compile(r"[-._](" + "|".join(QUANTS) + r"|q[2-8]_k(_[sml])?|fp16|fp32)$", re.IGNORECASE)
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True)
-@click.option("--quant", type=click.Choice(list(TYPES)), required=True, help="Type of the matrices.")
-@click.option(
-    "--output-quant", type=click.Choice(list(TYPES)), help="Type of the output head.  [q8_0 beside q4 and q5]"
-)
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-def main(source: Path, output: Path, quant: str, output_quant: str | None, force: bool) -> None:
-    """Write the GGUF file SOURCE again with other tensor types."""
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def default_name(name: str, quant: str) -> str:
+    """File name for a model of this name: "tiny.Q8_0" as q4_0 is "tiny-q4_0.gguf"."""
+    return f"{_QUANT_IN_NAME.sub('', name) or 'model'}-{quant}.gguf"
+
+
+def _describe(plan: Any) -> None:
+    """The table of types and sizes, and what did not go as the recipe wants."""
+    for kind, (count, n_bytes) in sorted(plan.by_type().items(), key=lambda each: -each[1][1]):
+        plural = "s" if count > 1 else " "
+        _note(f"  {kind:<5} {count:>5} tensor{plural} {format_amount(n_bytes, 'bytes'):>10}")
+    for (wanted, got, columns), count in plan.fallbacks().items():
+        many = "tensor has" if count == 1 else "tensors have"
+        _note(f"  {count} {many} {columns} columns, no whole blocks of {wanted}: {got} instead")
+    before, after = format_amount(plan.bytes_before, "bytes"), format_amount(plan.bytes_after, "bytes")
+    _note(f"  weights: {before} before, {after} now")
+
+
+def _explain(plan: Any) -> None:
+    """One line per tensor: shape, type before and after, why."""
+    for each in plan.tensors:
+        shape, choice = "x".join(map(str, each.source.shape)), each.choice
+        why = f"{choice.fallback.name} does not fit" if choice.fallback is not None else choice.why
+        types = f"{each.source.type.name:>5} -> {choice.type.name:<5}"
+        _note(f"  {each.source.name:<32} {shape:>14}  {types} {why}")
+
+
+def _convert(options: dict[str, Any]) -> None:
+    # what takes long to import, after the options were read
+    from pyinfer.jit.kernel_cache import kernel_cache_is_cold
+    from pyinfer_convert.pipeline import plan, write
+    from pyinfer_convert.powerinfer import check_powerinfer, with_predictors
+    from pyinfer_convert.sources import GGUFSource, open_source
+
+    given = options["source"]
+    with Progress(sys.stderr, f"fetching {given}") as progress:
+        source = open_source(given, plain=options["plain"], progress=progress)
     try:
-        with Progress(sys.stderr, f"writing {quant}") as progress:
-            summary = requantize(
-                source,
-                output,
-                TYPES[quant],
-                output_type=TYPES[output_quant] if output_quant else None,
-                force=force,
-                progress=progress,
+        if options["requant"] and not isinstance(source, GGUFSource):
+            raise InputError(f"{given}: this is a checkpoint, but --requant is for a GGUF file; leave it out")
+        if options["predictor"]:
+            source = with_predictors(source, options["predictor"])
+        quant, powerinfer = QUANTS[options["quant"]], options["format_"] == "powerinfer"
+        if powerinfer:
+            check_powerinfer(source, quant)
+        target = options["output"] or Path(default_name(source.name, quant.name))
+        head, predictor = options["output_quant"], options["predictor_quant"]
+        planned = plan(
+            source,
+            quant,
+            output_type=QUANTS[head].type if head else None,
+            predictor_type=QUANTS[predictor].type if predictor else None,
+            magic=names.MAGIC_POWERINFER if powerinfer else names.MAGIC,
+        )
+        if options["verbose"]:
+            _explain(planned)
+        if options["dry_run"]:
+            _note(f"{target}: would have {format_amount(planned.file_bytes, 'bytes')}; nothing was written")
+            _describe(planned)
+            return
+        if kernel_cache_is_cold():
+            _note("compiling kernels for this processor, once (some seconds)")
+        with Progress(sys.stderr, f"writing {target.name}") as progress:
+            summary = write(
+                planned, target, force=options["force"], n_threads=options["threads"], progress=progress
             )
-    except PyInferError as error:
-        raise click.ClickException(str(error)) from error
-    types = ", ".join(f"{count} x {name}" for name, count in summary.tensors.items())
-    before, after = summary.bytes_before / 1e6, summary.bytes_after / 1e6
-    click.echo(f"{output}: {types}; tensors {before:,.1f} MB before, {after:,.1f} MB now", err=True)
+        rate = format_amount(summary.bytes_before / max(summary.seconds, 1e-3), "bytes")
+        size = format_amount(summary.file_bytes, "bytes")
+        _note(f"{target}: {size}, {summary.seconds:.1f} s ({rate}/s of input)")
+        _describe(planned)
+    finally:
+        source.close()
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(TERMINATED)
+
+
+@contextlib.contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Removes the unfinished file also when the system asks the process to end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers belong to the main thread
+        return
+    previous = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_code(options: dict[str, Any]) -> int:
+    try:
+        with _ends_cleanly():
+            _convert(options)
+        return 0
+    except KeyboardInterrupt:
+        _note("\ninterrupted; nothing was written")
+        return INTERRUPTED
+    except (PyInferError, OSError, MemoryError) as error:
+        if options["verbose"]:
+            traceback.print_exc()
+        _note(f"error: {error or type(error).__name__}")
+        return 1
+
+
+_QUANT = click.Choice(list(QUANTS))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.argument("source", metavar="SRC")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The new file.  [SRC's name and quant]")
+@click.option("--quant", type=_QUANT, default="q4_0", show_default=True, help="Type of the matrices.")
+@click.option("--output-quant", type=_QUANT, help="Type of the output head.  [q6_k beside 4 and 5 bits]")
+@click.option(
+    "--predictor", type=click.Path(path_type=Path), help="Folder of predictors: model_0.pt, model_1.pt ..."
+)
+@click.option("--predictor-quant", type=_QUANT, help="Type of the predictors.  [as the matrices]")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["gguf", "powerinfer"]),
+    default="gguf",
+    show_default=True,
+    help="powerinfer: a file that PowerInfer's own program loads, too.",
+)
+@click.option("--plain", is_flag=True, help="Keep ffn_down as llama.cpp reads it, also in sparse models.")
+@click.option("--requant", is_flag=True, help="SRC must be a GGUF file (which is seen without this, too).")
+@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be written.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("-v", "--verbose", is_flag=True, help="Say why each tensor gets its type; tracebacks.")
+@click.version_option(__version__, prog_name="pyinfer-convert")
+@click.pass_context
+def main(context: click.Context, **options: Any) -> None:
+    """Make a GGUF file of SRC: the folder of a Hugging Face checkpoint, organisation/name, or a GGUF file.
+
+    Example: pyinfer-convert stories15M -o story.gguf --quant q4_0
+    """
+    context.exit(_exit_code(options))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def _risen(scratch, i):
 
 
 @inline
-def _raise(scratch):
+def _raise(scratch) -> tuple:
     """Least numbers (at most 0) and ranges of the groups, and the sums of w, w y and w y y for _risen y."""
     least = most = number(scratch, 0)
     weights = numbers = squares = splat_f32x16(float32(0))
@@ -134,7 +134,7 @@ def _fit(scratch, inverse, shift, least, known):
 
 
 @inline
-def _search(scratch):
+def _search(scratch) -> tuple:
     """Scales and minima of 16 groups of 32: of several stretches of the codes over the range the one whose
     least squares fit leaves the least, then codes and fit in turns.
     """
@@ -197,7 +197,7 @@ def _whole(scratch, scale_, minimum_, at):
 
 
 @inline
-def _inverse(scratch):
+def _inverse(scratch) -> tuple:
     """What turns numbers into codes: 1 / scale and minimum / scale."""
     scale_ = mul_f32x16(load_f32x16(lane_floats(scratch, SCALES)), load_f32x16(lane_floats(scratch, STEP)))
     minimum_ = mul_f32x16(
