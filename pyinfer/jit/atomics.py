@@ -53,10 +53,10 @@ def _pointer(builder, address):
 
 @intrinsic
 def atomic_add(typingctx, address, value):
-    """Add and return the value before."""
+    """Add and return the value before; with 0, a sequentially consistent load."""
 
     def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "acq_rel")
+        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
 

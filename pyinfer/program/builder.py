@@ -225,4 +225,4 @@ class Builder:
             raise AssertionError(
                 "a program attends at least once and ends with the linear that makes the logits"
             )
-        return Program(tuple(self._ops), self._cache, logits.width)
+        return Program(tuple(self._ops), self._cache, logits.width, self._most_positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 from pyinfer import config
 from pyinfer.cpu.weights import Progress, Weights
 from pyinfer.gguf_file import GGUFFile, open_gguf
-from pyinfer.jit.team import Team
+from pyinfer.jit.team import MOST_THREADS, Team
 from pyinfer.models import build_program
 from pyinfer.text.tokenizer import Tokenizer
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time per period, of a container
 
 
 def default_threads() -> int:
@@ -19,9 +22,12 @@ def default_threads() -> int:
     asked = config.threads()
     if asked is not None:
         return asked
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
+        if quota != "max":
+            usable = min(usable, -(-int(quota) // int(period)))
+    return max(1, min(usable, MOST_THREADS - 1))
 
 
 class Model:

@@ -86,13 +86,19 @@ def test_an_interrupt_says_so_and_leaves_nothing(convert, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_is_told_to_end_leaves_nothing(convert, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(
-        "pyinfer_convert.pipeline.quantize_rows", lambda *_, **__: signal.raise_signal(signal.SIGTERM)
-    )
-    assert convert(HF / "llama").exit_code == 143
-    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_it_between_two_parts_and_leaves_nothing(convert, tmp_path, monkeypatch, name, code):
+    number, calls = getattr(signal, name), []
+    before = signal.getsignal(number)
+
+    def quantize(*_, **__):
+        signal.raise_signal(number)
+        calls.append(number)  # the running part comes to its end
+
+    monkeypatch.setattr("pyinfer_convert.pipeline.quantize_rows", quantize)
+    assert convert(HF / "llama").exit_code == code
+    assert calls == [number]
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -9,7 +10,7 @@ import numba
 import numpy as np
 import pytest
 
-from pyinfer.errors import InputError
+from pyinfer.errors import CapacityError, InputError
 from pyinfer.jit import team as team_module
 from pyinfer.jit.atomics import atomic_add
 from pyinfer.jit.kernel import SIGNATURE
@@ -214,6 +215,85 @@ def test_a_closed_team_says_no():
     assert total[0] == 1
 
 
+@pytest.mark.parametrize("moment", range(4))
+def test_an_interrupt_at_any_moment_leaves_a_team_that_works(moment, monkeypatch):
+    """KeyboardInterrupt between any two steps of the caller: the next run is right and ends."""
+    team = Team(3)
+    total, step = np.zeros(1, np.int64), np.ones(1, np.int64)
+    operands = np.array([total.ctypes.data], np.int64)
+    made = program((add_step, operands, 1, DYNAMIC))
+    team.run(made, step)
+    time.sleep(0.3)  # the workers park
+    names = ["_keep_awake", "_is_parked", "_lead", "_keep_awake"]
+    name, calls, real = names[moment], [], getattr(team_module, names[moment])
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        first = len(calls) == (2 if moment == 3 else 1)
+        if not first or moment != 2:
+            result = real(*arguments)
+        if first:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(team_module, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        team.run(made, step)
+    monkeypatch.undo()
+    before = int(total[0])
+    for _ in range(5):
+        team.run(made, step)
+        time.sleep(0.05)
+    assert total[0] == before + 5
+    team.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    team = Team(2)
+    total, step = np.zeros(1, np.int64), np.ones(1, np.int64)
+    operands = np.array([total.ctypes.data], np.int64)
+    made = program((add_step, operands, 1, DYNAMIC))
+    team.run(made, step)
+    child = os.fork()
+    if child == 0:
+        team.run(made, step)
+        os._exit(int(total[0]))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    team.run(made, step)
+    assert total[0] == 2
+    team.close()
+
+
+def test_threads_that_cannot_start_are_one_sentence(monkeypatch):
+    team, real, started = Team(4), threading.Thread.start, []
+
+    def start(self):
+        started.append(self)
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        real(self)
+
+    total, step = np.zeros(1, np.int64), np.ones(1, np.int64)
+    operands = np.array([total.ctypes.data], np.int64)
+    made = program((add_step, operands, 1, DYNAMIC))
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(CapacityError, match="thread 3 of 4"):
+        team.run(made, step)
+    monkeypatch.undo()
+    team.run(made, step)
+    assert total[0] == 1
+    team.close()
+
+
+@pytest.mark.parametrize("n_threads", [0, -1, 256, 10**6])
+def test_absurd_numbers_of_threads(n_threads):
+    with pytest.raises(InputError, match="expected 1 to 255"):
+        Team(n_threads)
+
+
 # ---- how many threads take part, with a clock of our own ----
 
 
@@ -231,10 +311,10 @@ def clock(monkeypatch):
     return made
 
 
-def contend(size: _Size, steps: int) -> None:
+def contend(size: _Size, steps: int, waited: float = 0.3) -> None:
     for _ in range(steps):
         size.choose()
-        size.report(1)
+        size.report(waited)
 
 
 def test_one_slow_step_changes_nothing(clock):
@@ -253,6 +333,13 @@ def test_contention_takes_threads_away_down_to_one(clock):
     assert size.choose() == 1
     contend(size, 10)
     assert size.choose() == 1
+
+
+def test_far_too_many_threads_go_at_once(clock):
+    """32 threads on 2 processors wait nine tenths of their time: they need not leave one by one."""
+    size = _Size(32)
+    contend(size, 2, 0.9)
+    assert size.choose() == 3
 
 
 def test_the_team_grows_back_after_the_hold_time(clock):
