@@ -57,10 +57,28 @@ def _explain(plan: Any) -> None:
         _note(f"  {each.source.name:<32} {shape:>14}  {types} {why}")
 
 
-def _convert(options: dict[str, Any]) -> None:
+def _write(planned: Any, target: Path, options: dict[str, Any], signals: _Signals) -> Any:
+    from pyinfer_convert.pipeline import write
+
+    with Progress(sys.stderr, f"writing {target.name}") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar(done, total)
+            signals.check()
+
+        signals.holding = True
+        try:
+            return write(
+                planned, target, force=options["force"], n_threads=options["threads"], progress=progress
+            )
+        finally:
+            signals.holding = False
+
+
+def _convert(options: dict[str, Any], signals: _Signals) -> None:
     # what takes long to import, after the options were read
     from pyinfer.jit.kernel_cache import kernel_cache_is_cold
-    from pyinfer_convert.pipeline import plan, write
+    from pyinfer_convert.pipeline import plan
     from pyinfer_convert.powerinfer import check_powerinfer, with_predictors
     from pyinfer_convert.sources import GGUFSource, open_source
 
@@ -92,10 +110,7 @@ def _convert(options: dict[str, Any]) -> None:
             return
         if kernel_cache_is_cold():
             _note("compiling kernels for this processor, once (some seconds)")
-        with Progress(sys.stderr, f"writing {target.name}") as progress:
-            summary = write(
-                planned, target, force=options["force"], n_threads=options["threads"], progress=progress
-            )
+        summary = _write(planned, target, options, signals)
         rate = format_amount(summary.bytes_before / max(summary.seconds, 1e-3), "bytes")
         size = format_amount(summary.file_bytes, "bytes")
         _note(f"{target}: {size}, {summary.seconds:.1f} s ({rate}/s of input)")
@@ -104,27 +119,43 @@ def _convert(options: dict[str, Any]) -> None:
         source.close()
 
 
-def _end(number: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)
+class _Signals:
+    """Ctrl-C and requests to end. While a file is written the first one waits for the end of a part: raised
+    in the middle of a job of the team, an exception would leave its threads waiting for the one that is gone.
+    """
+
+    def __init__(self) -> None:
+        self.holding = False
+        self._received: int | None = None
+
+    def __call__(self, number: int, frame: object) -> None:
+        again, self._received = self._received is not None, number
+        if again or not self.holding:
+            self.check()
+
+    def check(self) -> None:
+        if self._received is not None:
+            raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(TERMINATED)
 
 
 @contextlib.contextmanager
-def _ends_cleanly() -> Iterator[None]:
-    """Removes the unfinished file also when the system asks the process to end."""
+def _handled(signals: _Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers belong to the main thread
         return
-    previous = signal.signal(signal.SIGTERM, _end)
+    previous = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _exit_code(options: dict[str, Any]) -> int:
+    signals = _Signals()
     try:
-        with _ends_cleanly():
-            _convert(options)
+        with _handled(signals):
+            _convert(options, signals)
         return 0
     except KeyboardInterrupt:
         _note("\ninterrupted; nothing was written")

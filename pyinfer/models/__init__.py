@@ -11,12 +11,13 @@ from importlib import import_module
 
 from pyinfer.errors import UnsupportedError
 from pyinfer.gguf_file import GGUFFile
+from pyinfer.models.agreement import check_agreement
 from pyinfer.models.hparams import HParams
 from pyinfer.program.builder import Builder, Weights
 from pyinfer.program.program import Program
 
 # What families share.
-_SHARED = ("hparams", "checkpoint", "checkpoint_config", "checkpoint_decoder")
+_SHARED = ("agreement", "hparams", "checkpoint", "checkpoint_config", "checkpoint_decoder")
 
 
 def names() -> list[str]:
@@ -25,8 +26,10 @@ def names() -> list[str]:
 
 
 def build_program(file: GGUFFile) -> tuple[HParams, Program]:
-    """Hyperparameters and program of an open file. Raises UnsupportedError that lists the known
-    architectures.
+    """Hyperparameters and program of an open file.
+
+    Raises UnsupportedError that lists the known architectures, or names what the program would leave out;
+    FormatError for what contradicts itself.
     """
     architecture = file.architecture
     if architecture not in names():
@@ -35,7 +38,9 @@ def build_program(file: GGUFFile) -> tuple[HParams, Program]:
         )
     family = import_module(f"pyinfer.models.{architecture}")
     hp = family.hparams(file)
-    return hp, family.build(Builder(file), hp, Weights(file))
+    program = family.build(Builder(file), hp, Weights(file))
+    check_agreement(file, hp, program)
+    return hp, program
 
 
 def program_text(file: GGUFFile) -> str:

@@ -202,8 +202,8 @@ def rope_keys(architecture: str, rope: Mapping[str, Any]) -> dict[str, object]:
         given[names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH] = values.integer(
             "original_max_position_embeddings", high=MOST["tokens"]
         )
-        given[names.ROPE_SCALING_YARN_BETA_FAST] = values.number("beta_fast", default=32.0, low=0.0, high=1e6)
-        given[names.ROPE_SCALING_YARN_BETA_SLOW] = values.number("beta_slow", default=1.0, low=0.0, high=1e6)
+        given[names.ROPE_SCALING_YARN_BETA_FAST] = values.number("beta_fast", default=32.0, low=LEAST_ROPE_NUMBER, high=1e6)
+        given[names.ROPE_SCALING_YARN_BETA_SLOW] = values.number("beta_slow", default=1.0, low=LEAST_ROPE_NUMBER, high=1e6)
     return keys_of(architecture, given)
 
 

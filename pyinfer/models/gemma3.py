@@ -12,6 +12,8 @@ from dataclasses import replace
 from math import sqrt
 from typing import Any
 
+import numpy as np
+
 from pyinfer import names
 from pyinfer.errors import UnsupportedError
 from pyinfer.gguf_file import GGUFFile
@@ -57,8 +59,30 @@ DEFAULTS = {
 
 def hparams(file: GGUFFile) -> HParams:
     hp = read_hparams(file, neox=True)
-    Keys(file).integer(names.SLIDING_WINDOW, None, 1, 1 << 31)  # without it the local layers are undefined
+    keys = Keys(file)
+    keys.integer(names.SLIDING_WINDOW, None, 1, 1 << 31)  # without it the local layers are undefined
+    base = keys.number(names.ROPE_FREQ_BASE_SWA, LOCAL_FREQ_BASE, 1.0, 1e12)
+    if base != LOCAL_FREQ_BASE:
+        raise UnsupportedError(
+            f"{file.path}: {keys.name(names.ROPE_FREQ_BASE_SWA)} is {base:g}, supported is {LOCAL_FREQ_BASE:g}"
+        )
+    _check_pattern(keys, hp.block_count)
     return hp
+
+
+def _check_pattern(keys: Keys, block_count: int) -> None:
+    """Which layers are local: a period, or a flag for every layer."""
+    found = keys.file.get(keys.name(names.SLIDING_WINDOW_PATTERN), LAYERS_PER_GLOBAL)
+    if isinstance(found, (list, np.ndarray)):
+        usual = [index % LAYERS_PER_GLOBAL != LAYERS_PER_GLOBAL - 1 for index in range(block_count)]
+        supported = len(found) == block_count and list(found) == usual
+    else:
+        supported = type(found) is int and found == LAYERS_PER_GLOBAL
+    if not supported:
+        raise UnsupportedError(
+            f"{keys.file.path}: {keys.name(names.SLIDING_WINDOW_PATTERN)} does not say that every "
+            f"{LAYERS_PER_GLOBAL}th layer sees everything, which alone is supported"
+        )
 
 
 def build(b: Builder, hp: HParams, w: Weights) -> Program:

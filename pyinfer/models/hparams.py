@@ -14,6 +14,7 @@ from pyinfer.gguf_file import GGUFFile
 from pyinfer.program.rope import Rope
 
 ACTIVATION = f"{names.PYINFER_PREFIX}activation"
+LEAST_ROPE_NUMBER = 1e-6  # of what rotation divides by
 MOST_LAYERS, MOST_WIDTH, MOST_HEADS = 4096, 1 << 20, 1 << 16
 
 
@@ -64,16 +65,20 @@ class Keys:
             )
         return int(value)
 
-    def number(self, template: str, default: float | None, low: float, high: float) -> float:
+    def number(
+        self, template: str, default: float | None, low: float, high: float, *, above: bool = False
+    ) -> float:
+        """above: `low` itself is refused, too."""
         value = self._value(template, default)
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float, np.number))
             or not low <= value <= high
+            or (above and value == low)
         ):
+            least = f"above {low:g}, at most" if above else f"from {low:g} to"
             raise FormatError(
-                f"{self.file.path}: {self.name(template)} is {value!r}, "
-                f"expected a number from {low:g} to {high:g}"
+                f"{self.file.path}: {self.name(template)} is {value!r}, expected a number {least} {high:g}"
             )
         return float(value)
 
@@ -167,20 +172,20 @@ def _read_rope(keys: Keys, key_length: int, context_length: int, neox: bool) -> 
         if not (np.isfinite(values) & (values > 0)).all():
             raise FormatError(f"{file.path}: rope_freqs.weight holds a number that is not above 0")
         factors = tuple(values.tolist())
-    factor = keys.number(names.ROPE_SCALING_FACTOR, 0.0, 0.0, 1e6) or keys.number(
-        names.ROPE_SCALE_LINEAR, 1.0, 1e-6, 1e6
-    )
+    # the older key counts where the newer one is missing or 0
+    factor = keys.number(names.ROPE_SCALING_FACTOR, 0.0, 0.0, 1e6)
+    given = names.ROPE_SCALING_FACTOR if factor else names.ROPE_SCALE_LINEAR
     return Rope(
         dimension_count=dimension_count,
-        freq_base=keys.number(names.ROPE_FREQ_BASE, 10000.0, 1.0, 1e12),
+        freq_base=keys.number(names.ROPE_FREQ_BASE, 10000.0, 1.0, 1e12, above=True),
         neox=neox,
         scaling_type=scaling_type,
-        scaling_factor=factor,
+        scaling_factor=keys.number(given, 1.0, LEAST_ROPE_NUMBER, 1e6),
         original_context_length=keys.integer(
             names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH, context_length, 1, 1 << 31
         ),
         attn_factor=keys.number(names.ROPE_SCALING_ATTN_FACTOR, 1.0, 0.0, 1e3),
-        beta_fast=keys.number(names.ROPE_SCALING_YARN_BETA_FAST, 32.0, 0.0, 1e6),
-        beta_slow=keys.number(names.ROPE_SCALING_YARN_BETA_SLOW, 1.0, 0.0, 1e6),
+        beta_fast=keys.number(names.ROPE_SCALING_YARN_BETA_FAST, 32.0, LEAST_ROPE_NUMBER, 1e6),
+        beta_slow=keys.number(names.ROPE_SCALING_YARN_BETA_SLOW, 1.0, LEAST_ROPE_NUMBER, 1e6),
         factors=factors,
     )

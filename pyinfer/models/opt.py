@@ -10,6 +10,7 @@ Source: Zhang et al. 2022; transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,10 @@ ATTN_OUTPUT_NORM, LAYER_OUTPUT_NORM = "attn_output_norm", "layer_output_norm"
 
 
 def hparams(file: GGUFFile) -> HParams:
-    return read_hparams(file, neox=False, layer_norm=True)
+    hp = read_hparams(file, neox=False, layer_norm=True)
+    positions = file.tensors.get(names.weight(POSITION_EMBD))  # that it is there, and large enough: `build`
+    learned = hp.context_length if positions is None else positions.rows - FIRST_POSITION
+    return replace(hp, context_length=min(hp.context_length, learned))
 
 
 def build(b: Builder, hp: HParams, w: Weights) -> Program:

@@ -14,6 +14,7 @@ from pyinfer.program.program import Cache, Op, Program, Value
 from pyinfer.program.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
+BIASED = ("linear", "linear_t", "layer_norm")  # operations that add the bias of their weight
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
 
 
@@ -70,7 +71,8 @@ class Builder:
         if width is not None:
             output = Value(self._values, width)
             self._values += 1
-        tensor, bias = (weight.tensor, weight.bias) if weight else (None, None)
+        tensor = weight.tensor if weight else None
+        bias = weight.bias if weight and name in BIASED else None
         self._ops.append(Op(name, inputs, output, tensor, bias, params))
         return output  # type: ignore[return-value]  # only `store` has none, and its method drops it
 
