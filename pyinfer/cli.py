@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
 # the processor time used so far is, in a process this young, the time since its start
 STARTED = time.perf_counter() - time.process_time()
 INTERRUPTED = 130
-COMPILE_SECONDS = 10
 SAMPLING = (
     "temperature",
     "top_k",
@@ -42,6 +44,15 @@ SAMPLING = (
     "presence_penalty",
 )
 
+# What the library calls by another name than the command line does.
+OPTION_NAMES = {"n_ctx": "--ctx", "n_threads": "--threads", "max_tokens": "--max-tokens", "stop": "--stop"}
+OPTION_NAMES |= {"temperature": "--temp", "seed": "--seed"}
+OPTION_NAMES |= {name: f"--{name.replace('_', '-')}" for name in SAMPLING[1:]}
+# As the subject of a sentence, and where no other word is meant also inside of one; never in a path.
+_LIBRARY_NAME = re.compile(
+    rf"^({'|'.join(OPTION_NAMES)})(?= is )|(?<![\w./\\-])(n_ctx|n_threads|max_tokens)(?![\w/\\-]|\.\w)"
+)
+
 Opener = Callable[[dict[str, Any]], "Llama"]
 
 
@@ -50,8 +61,11 @@ def _note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(llm: Llama) -> Iterator[None]:
-    """The first Ctrl-C ends the running answer between two tokens, a second one raises KeyboardInterrupt."""
+def _interruptible(llm: Llama, began: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Once the answer `began`, the first Ctrl-C ends it between two tokens; others raise KeyboardInterrupt.
+
+    What comes before may be the compilation of kernels, which looks at no cancellation.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers belong to the main thread
         return
@@ -60,15 +74,47 @@ def _interruptible(llm: Llama) -> Iterator[None]:
     def on_interrupt(*_: object) -> None:
         nonlocal count
         count += 1
-        if count > 1:
-            raise KeyboardInterrupt
         llm.cancel()
+        if count > 1 or not began():
+            raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _remembered_interrupts() -> Iterator[Callable[[], None]]:
+    """Yields a check that raises KeyboardInterrupt for a Ctrl-C that came and was dropped.
+
+    Python drops one that comes in a destructor or a callback, libraries in a bare except.
+    """
+    came = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def report(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            previous_report(unraisable)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    previous_report, sys.unraisablehook = sys.unraisablehook, report
+    previous = signal.signal(signal.SIGINT, on_interrupt) if in_main else None
+    try:
+        yield check
+    finally:
+        sys.unraisablehook = previous_report
+        if in_main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _read_stdin() -> str:
@@ -103,13 +149,25 @@ def _open_llama(options: dict[str, Any]) -> Llama:
     name = options["model"] or DEFAULT_MODEL
     with Progress(sys.stderr, f"fetching {name}") as progress:
         path = find_model(name, progress=progress, offline=options["offline"])
-    from pyinfer.jit.kernel_cache import kernel_cache_is_cold
+    from pyinfer.jit.kernel_cache import cache_folder, kernel_cache_is_cold
     from pyinfer.llama import Llama
 
     if kernel_cache_is_cold():
-        _note(f"compiling kernels for this processor, once (about {COMPILE_SECONDS} s)")
+        _note(_compile_notice(cache_folder()))
     with Progress(sys.stderr, "loading") as progress:
         return Llama(path, n_ctx=options["ctx"], n_threads=options["threads"], progress=progress)
+
+
+def _compile_notice(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return "compiling kernels for this processor, once (some seconds)"
+    except OSError:
+        return (
+            f"{folder} cannot be written, so kernels are compiled at every start (some seconds); "
+            "PYINFER_CACHE_DIR names another folder"
+        )
 
 
 def _summary(stats: GenerationStats) -> str:
@@ -185,12 +243,14 @@ def _answer_prompt(
             f"{llm.model_path}: ready after {load_seconds:.2f} s, "
             f"{llm.n_ctx()} tokens of context, {threads} threads"
         )
-    with Progress(sys.stderr, "reading the prompt", "tokens") as progress, _interruptible(llm):
+    began = threading.Event()
+    with Progress(sys.stderr, "reading the prompt", "tokens") as progress, _interruptible(llm, began.is_set):
 
         def segments() -> Iterator[Segment]:
             for segment in llm.stream_segments(
                 tokens, text_options, sampling, progress=progress, began=STARTED
             ):
+                began.set()
                 progress.close()  # before the first text, or the two would share a line
                 yield segment
 
@@ -230,7 +290,7 @@ def _talk(llm: Llama, options: dict[str, Any], text_options: TextOptions, sampli
     return 0
 
 
-def _run(options: dict[str, Any], open_llama: Opener) -> int:
+def _run(options: dict[str, Any], open_llama: Opener, check: Callable[[], None]) -> int:
     prompt = _prompt(options)
     from pyinfer.runtime.generate import TextOptions
     from pyinfer.runtime.sampler import SamplingParams
@@ -239,9 +299,15 @@ def _run(options: dict[str, Any], open_llama: Opener) -> int:
     text_options = TextOptions(limit, options["stop"])
     sampling = SamplingParams(seed=options["seed"], **{name: options[name] for name in SAMPLING})
     with open_llama(options) as llm:
+        check()
         if prompt is None:
             return _talk(llm, options, text_options, sampling)
         return _answer_prompt(llm, prompt, options, text_options, sampling)
+
+
+def _in_options(sentence: str) -> str:
+    """A sentence of the library, in the words of this command."""
+    return _LIBRARY_NAME.sub(lambda match: OPTION_NAMES[match.group()], sentence)
 
 
 def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
@@ -249,7 +315,8 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     try:
-        return _run(options, open_llama)
+        with _remembered_interrupts() as check:
+            return _run(options, open_llama, check)
     except BrokenPipeError:  # nobody reads on, which is no fault
         return 0
     except KeyboardInterrupt:
@@ -258,7 +325,7 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     except (PyInferError, OSError, MemoryError) as error:
         if options["verbose"]:
             traceback.print_exc()
-        _note(f"error: {error or type(error).__name__}")
+        _note(f"error: {_in_options(str(error)) or type(error).__name__}")
         return 1
 
 
@@ -267,7 +334,9 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
 @click.option("-m", "--model", help="GGUF file or name of a model; the default is fetched once.")
 @click.option("-p", "--prompt", help="The prompt; - reads it from standard input, like a pipe without -p.")
 @click.option("--system", help="System message of the chat.")
-@click.option("-n", "--max-tokens", type=int, default=512, show_default=True, help="-1: as many as fit.")
+@click.option(
+    "-n", "--max-tokens", type=click.IntRange(-1), default=512, show_default=True, help="-1: as many as fit."
+)
 @click.option(
     "--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True, help="0: greedy."
 )
@@ -285,8 +354,12 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="Ends the answer and is not shown; may be repeated."
 )
-@click.option("-t", "--threads", type=int, help="Threads that compute.  [default: as many as may be used]")
-@click.option("-c", "--ctx", type=int, help="Tokens of context.  [default: the model's, at most 4096]")
+@click.option(
+    "-t", "--threads", type=click.IntRange(1), help="Threads that compute.  [default: as many as may be used]"
+)
+@click.option(
+    "-c", "--ctx", type=click.IntRange(1), help="Tokens of context.  [default: the model's, at most 4096]"
+)
 @click.option(
     "--chat/--no-chat", default=None, help="Chat or plain continuation.  [default: as the model is made]"
 )

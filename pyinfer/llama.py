@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,29 @@ from typing import Any
 import numpy as np
 
 from pyinfer.errors import InputError
-from pyinfer.runtime.generate import CachedSequence, Progress, Segment, TextOptions, stream_text
-from pyinfer.runtime.response import ChatResponse, CompletionResponse, Drawn
-from pyinfer.runtime.sampler import Sampler, SamplingParams, token_logprob
+from pyinfer.runtime.arguments import check_load_arguments, checked_text, token_ids
+from pyinfer.runtime.generate import (
+    CachedSequence,
+    Progress,
+    Segment,
+    TextOptions,
+    stream_text,
+    text_options,
+)
+from pyinfer.runtime.response import ChatResponse, CompletionResponse, Drawn, drawn_tokens, joined
+from pyinfer.runtime.sampler import Sampler, SamplingParams
 from pyinfer.runtime.turns import Turns
 
 CONTEXT_TOKENS = 4096  # default context, where the model has that much
-CHUNK_TOKENS = 64  # tokens whose logits are in memory at once when a prompt is scored
 
 
-def _text_options(
-    max_tokens: int | None, stop: str | Sequence[str] | None, logprobs: int | None
-) -> TextOptions:
-    limit = None if max_tokens is None or max_tokens < 0 else max_tokens
-    return TextOptions(limit, (stop,) if isinstance(stop, str) else tuple(stop or ()), logprobs)
+def _release(session: Any, model: Any) -> None:
+    """End the threads and unmap the file."""
+    # the garbage collector may come in one of the threads that end: they were all told to, only their join
+    # is missing then
+    with contextlib.suppress(RuntimeError):
+        session.close()
+    model.close()
 
 
 class Llama:
@@ -42,10 +52,12 @@ class Llama:
     n_threads : None: as many as this process may use;  seed : makes the whole sequence of calls repeatable
     verbose : accepted for llama-cpp-python's sake, nothing is ever printed
     progress : (bytes done, bytes to do) of loading
+    others : keywords of llama-cpp-python, such as n_gpu_layers=0, where they ask for nothing
 
-    Raises ModelNotFoundError, FormatError, UnsupportedError, CapacityError for the file and InputError for
-    the arguments. Safe to use from several threads: each generation holds the model until it ends (for a
-    stream: until it is exhausted or closed), the others wait; `cancel` may be called at any time.
+    Raises ModelNotFoundError, FormatError, UnsupportedError, CapacityError for the file and InputError,
+    UnsupportedError, TypeError for the arguments. Safe to use from several threads: each generation holds the
+    model until it ends (for a stream: until it is exhausted or closed), the others wait; `cancel` may be
+    called at any time.
 
     >>> with Llama("model.gguf") as llm:                                               # doctest: +SKIP
     ...     llm("Once upon a time", max_tokens=8)["choices"][0]["text"]
@@ -60,10 +72,9 @@ class Llama:
         seed: int | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
+        **others: Any,
     ) -> None:
-        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
-            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-                raise InputError(f"{name} is {value!r}, expected 1 or more, or None for the default")
+        check_load_arguments(n_ctx, n_threads, others)
         SamplingParams(seed=seed)
         from pyinfer.runtime.loader import load_model  # numba comes with it, which takes most of the start-up
         from pyinfer.runtime.session import Session
@@ -101,12 +112,14 @@ class Llama:
 
     def _set_up(self, model: Any, session: Any, name: str, seed: int | None) -> None:
         self.model_path = name
-        self.model, self.session, self.tokenizer = model, session, model.tokenizer
+        self._open: tuple[Any, Any] | None = (model, session)
+        # no reference to self: it also works for an instance that was forgotten
+        self._release = weakref.finalize(self, _release, session, model)
+        self._release.atexit = False  # the threads are daemons
         self._cache = CachedSequence(session)
         self._seeds = None if seed in (None, -1) else np.random.default_rng(seed)
         self._turns = Turns()
         self._cancel_count = 0
-        self._closed = False
         self._scores: np.ndarray | None = None
 
     # -- turns
@@ -121,9 +134,25 @@ class Llama:
         finally:
             self._turns.give_back(turn)
 
-    def _check_open(self) -> None:
-        if self._closed:
+    def _check_open(self) -> tuple[Any, Any]:
+        if self._open is None:
             raise InputError(f"the model {self.model_path} is closed, expected an open one")
+        return self._open
+
+    @property
+    def model(self) -> Any:
+        """The pyinfer.runtime.loader.Model; like everything here, InputError once it is closed."""
+        return self._check_open()[0]
+
+    @property
+    def session(self) -> Any:
+        """The pyinfer.runtime.session.Session over it."""
+        return self._check_open()[1]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The pyinfer.text.tokenizer.Tokenizer of the model."""
+        return self.model.tokenizer
 
     def cancel(self) -> None:
         """From any thread: every generation asked for so far ends, and says "cancelled"."""
@@ -140,15 +169,15 @@ class Llama:
             self._scores = None
 
     def close(self) -> None:
-        """Cancel what runs and free the memory; calling it again does nothing."""
+        """Cancel what runs, end the threads and free the memory; calling it again does nothing."""
         self.cancel()
         turn = object()
         self._turns.take(turn, from_any_paused=True)
         try:
-            if not self._closed:
-                self._closed = True
-                self.session.close()
-                self.model.close()
+            if self._open is not None:
+                self._open = self._scores = None
+                self._cache.detach()
+                self._release()
         finally:
             self._turns.give_back(turn)
 
@@ -187,18 +216,15 @@ class Llama:
         add_bos : begin with the token that begins a text, where the model wants one
         special : parse control tokens in the text
         """
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"the text is not UTF-8 at byte {error.start}") from None
-        return self.tokenizer.encode(text, bos=None if add_bos else False, special=special)
+        return self.tokenizer.encode(checked_text(text), bos=None if add_bos else False, special=special)
 
     def detokenize(self, tokens: Sequence[int], special: bool = False) -> bytes:
         """UTF-8 bytes of tokens, also where they end inside of a character.
 
         special : also write control tokens
+        Raises InputError for what is no token of the vocabulary.
         """
+        tokens = token_ids(tokens, self.tokenizer.vocab_size, "tokens")
         names, control = self.tokenizer.token_text, self.tokenizer.control_texts
         shown = tokens if special else [token for token in tokens if names(token) not in control]
         text = b"".join(self.tokenizer.token_bytes(token) for token in shown)
@@ -212,11 +238,14 @@ class Llama:
         Raises ContextFullError when they do not fit, InputError for none or unknown ones.
         """
         with self._turn():
-            self._scores = self._cache.append(list(tokens), all_logits=all_logits)
+            self._scores = self._cache.append(
+                token_ids(tokens, self.n_vocab(), "tokens"), all_logits=all_logits
+            )
 
     @property
     def scores(self) -> np.ndarray:
         """Logits of the last `eval`, f32 [T, V] with all_logits, else [1, V] behind its last token."""
+        self._check_open()
         if self._scores is None:
             raise InputError("there are no scores yet, expected a call of eval first")
         return self._scores
@@ -224,6 +253,7 @@ class Llama:
     @property
     def last_logits(self) -> np.ndarray:
         """Logits f32 [V] behind the last token in the KV cache."""
+        self._check_open()
         if self._cache.logits is None:
             raise InputError("there are no logits yet, expected a call of eval first")
         return self._cache.logits
@@ -245,7 +275,7 @@ class Llama:
         began : perf_counter() from which the first token is timed, None: now
         Raises InputError, ContextFullError at the first segment.
         """
-        tokens = self.tokenize(prompt) if isinstance(prompt, str | bytes) else list(prompt)
+        tokens = self._prompt_tokens(prompt)
         began = time.perf_counter() if began is None else began
         cancelled = self._cancelled()
         sampling = sampling or SamplingParams()
@@ -274,6 +304,11 @@ class Llama:
 
         return segments()
 
+    def _prompt_tokens(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str | bytes):
+            return self.tokenize(prompt)
+        return token_ids(prompt, self.n_vocab(), "the prompt")
+
     def _seeded(self, sampling: SamplingParams) -> SamplingParams:
         if sampling.seed is not None or self._seeds is None:
             return sampling
@@ -299,8 +334,8 @@ class Llama:
         Raises InputError, ContextFullError, UnsupportedError; TypeError for unknown keywords.
         """
         model = sampling.pop("model", None) or self.model_path
-        params, options = SamplingParams.from_keywords(sampling), _text_options(max_tokens, stop, logprobs)
-        tokens = self.tokenize(prompt) if isinstance(prompt, str | bytes) else list(prompt)
+        params, options = SamplingParams.from_keywords(sampling), text_options(max_tokens, stop, logprobs)
+        tokens = self._prompt_tokens(prompt)
         text = prompt if isinstance(prompt, str) else self.detokenize(tokens).decode("utf-8", "replace")
         response = CompletionResponse(model, self.tokenizer.token_bytes, 0 if echo else len(text))
         segments = self.stream_segments(tokens, options, params)
@@ -309,12 +344,12 @@ class Llama:
             if echo:
                 yield response.chunk(text, self._prompt_logprobs(tokens, logprobs), None)
             for segment in segments:
-                yield response.chunk(segment.text, _drawn(segment, options), segment.finish_reason)
+                yield response.chunk(segment.text, drawn_tokens(segment, options), segment.finish_reason)
 
         if stream:
             return chunks()
         scored = self._prompt_logprobs(tokens, logprobs) if echo else None
-        written, drawn, last = _joined(segments, options)
+        written, drawn, last = joined(segments, options)
         if echo:
             written, drawn = text + written, None if drawn is None else [*(scored or ()), *drawn]
         return response.whole(written, drawn, last.finish_reason, last.stats)
@@ -341,7 +376,7 @@ class Llama:
 
         model = sampling.pop("model", None) or self.model_path
         params = SamplingParams.from_keywords(sampling)
-        options = _text_options(max_tokens, stop, (top_logprobs or 0) if logprobs else None)
+        options = text_options(max_tokens, stop, (top_logprobs or 0) if logprobs else None)
         tokens = encode_chat(self.tokenizer, messages)
         response = ChatResponse(model, self.tokenizer.token_bytes)
         segments = self.stream_segments(tokens, options, params)
@@ -349,37 +384,17 @@ class Llama:
         def chunks() -> Iterator[dict]:
             yield response.first()
             for segment in segments:
-                yield response.chunk(segment.text, _drawn(segment, options), segment.finish_reason)
+                yield response.chunk(segment.text, drawn_tokens(segment, options), segment.finish_reason)
 
         if stream:
             return chunks()
-        written, drawn, last = _joined(segments, options)
+        written, drawn, last = joined(segments, options)
         return response.whole(written, drawn, last.finish_reason, last.stats)
 
     def _prompt_logprobs(self, tokens: list[int], count: int | None) -> Drawn | None:
         """Each token of a prompt with its log-probability; it is in the KV cache then."""
         if count is None:
             return None
-        drawn: list = [(tokens[0], None)] if tokens else []
         with self._turn():
-            self._cache.check(tokens)
-            self._cache.clear()
-            for begin in range(0, len(tokens), CHUNK_TOKENS):
-                chunk = tokens[begin : begin + CHUNK_TOKENS]
-                rows = self._cache.append(chunk, all_logits=True)
-                following = tokens[begin + 1 : begin + 1 + len(chunk)]
-                drawn += [(token, token_logprob(row, token, count)) for row, token in zip(rows, following)]
-        return drawn
-
-
-def _drawn(segment: Segment, options: TextOptions) -> Drawn | None:
-    return None if options.logprobs is None else [(entry.token, entry) for entry in segment.logprobs]
-
-
-def _joined(segments: Iterator[Segment], options: TextOptions) -> tuple[str, list | None, Segment]:
-    """Text, drawn tokens (None without log-probabilities) and last segment of a stream."""
-    parts = list(segments)
-    drawn = (
-        None if options.logprobs is None else [pair for part in parts for pair in _drawn(part, options) or ()]
-    )
-    return "".join(part.text for part in parts), drawn, parts[-1]
+            scored = self._cache.score(tokens, count)
+        return [(tokens[0], None), *((entry.token, entry) for entry in scored)]

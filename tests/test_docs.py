@@ -7,6 +7,7 @@ import pytest
 
 from pyinfer import models, quants
 from pyinfer.model_store import MODELS
+from pyinfer_tools import models_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +30,11 @@ def test_every_named_model_is_in_models_md(model):
 def test_every_type_is_in_models_md():
     line = re.search(r"^Types: (.*)\.$", (ROOT / "models.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(name.lower() for name in line[1].split(", ")) == quants.names()
+
+
+def test_the_table_of_checkpoints_is_up_to_date():
+    text = models_table.FILE.read_text(encoding="utf-8")
+    assert models_table.updated(text) == text, "run python -m pyinfer_tools.models_table"
 
 
 def test_files_named_in_the_readme_exist():

@@ -30,13 +30,13 @@ LAYERS = (
     ("pyinfer.llama",),
     ("pyinfer.conversation",),
     ("pyinfer.cli",),
-    ("pyinfer.__main__", "pyinfer_convert", "pyinfer_tools"),
+    ("pyinfer.__main__", "pyinfer_convert"),
+    ("pyinfer_tools",),
 )
 # Side by side in one layer, these do not know each other.
 STRANGERS = (
     {"pyinfer.jit", "pyinfer.text", "pyinfer.gguf_metadata"},
     {"pyinfer.quants", "pyinfer.program"},
-    {"pyinfer_convert", "pyinfer_tools"},
 )
 
 # Packages from outside, and the only modules that may import them (patterns of module names).

@@ -8,7 +8,7 @@ import pytest
 from toy_engine import BOS, END, EOS, START, hashed, scripted, toy_llama, toy_tokenizer
 
 import pyinfer
-from pyinfer import InputError, Llama, Tokenizer, UnsupportedError, names
+from pyinfer import InputError, Llama, ModelNotFoundError, Tokenizer, UnsupportedError, names
 from pyinfer.errors import ContextFullError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -163,6 +163,81 @@ def test_unknown_and_unsupported_keywords():
     with pytest.raises(InputError, match="top_p"):
         llm(RAW, top_p=2)
     assert llm(RAW, suffix=None, top_p=None)["choices"][0]["text"] == "x"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_gpu_layers": 0, "n_batch": 512, "use_mmap": True, "verbose": False, "chat_format": None},
+        {"logits_all": False, "embedding": False, "use_mlock": False, "tensor_split": None, "n_batch": 64},
+    ],
+)
+def test_keywords_of_llama_cpp_python_that_ask_for_nothing(options):
+    with pytest.raises(ModelNotFoundError, match="no such file"):  # the arguments were fine
+        Llama("no such file.gguf", **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"n_gpu_layers": -1}, "n_gpu_layers=-1 .*no GPU executor yet"),
+        ({"embedding": True}, "embedding=True .*no embeddings"),
+        ({"logits_all": True}, "logits_all=True .*eval takes"),
+        ({"chat_format": "chatml"}, "chat_format='chatml' .*template"),
+        ({"lora_path": "x" * 500}, "lora_path='x{79}\\.\\.\\. is"),
+    ],
+)
+def test_keywords_of_llama_cpp_python_that_ask_for_something(option, words):
+    with pytest.raises(UnsupportedError, match=words):
+        Llama("no such file.gguf", **option)
+
+
+def test_an_unknown_keyword_of_the_constructor():
+    with pytest.raises(TypeError, match=r"n_contxt.*n_ctx"):
+        Llama("no such file.gguf", n_contxt=5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ([10**9], "token 1000000000 at place 0"),
+        ([1, -1], "token -1 at place 1"),
+        (["a"], "'a' at place 0"),
+        ([1, 2.0], "2.0 at place 1"),
+        (None, "is None"),
+        (7, "is 7"),
+        ({1: 2}, "is {1: 2}"),
+    ],
+)
+def test_what_is_no_prompt(prompt, found):
+    llm = toy_llama(scripted("x"))
+    calls = {
+        "the prompt": [llm, lambda ids: llm(ids, stream=True), llm.stream_segments],
+        "tokens": [llm.eval, llm.detokenize],
+    }
+    for what, functions in calls.items():
+        for call in functions:
+            with pytest.raises(InputError) as caught:
+                call(prompt)
+            message = str(caught.value)
+            assert (
+                message.startswith(what)
+                and found in message
+                and "expected token ids from 0 to 259" in message
+            )
+    assert llm.n_tokens == 0
+    assert llm(np.array([1, 10]))["usage"]["prompt_tokens"] == 2
+
+
+@pytest.mark.parametrize("text", [None, 7, ["a"]])
+def test_what_is_no_text(text):
+    with pytest.raises(InputError, match="expected str or bytes"):
+        toy_llama().tokenize(text)
+
+
+def test_max_tokens_that_is_no_number():
+    with pytest.raises(InputError, match="max_tokens is '5'"):
+        toy_llama()(RAW, max_tokens="5")
 
 
 def test_empty_and_too_long_prompts():

@@ -131,18 +131,24 @@ def test_an_error_gives_the_turn_back():
 
 def test_close():
     llm = toy_llama(scripted("hello"))
+    session = llm.session
     with llm as same:
         assert same is llm
         stream = llm(RAW, stream=True)
         next(stream)
-    assert llm.session.closed
+    assert session.closed
     llm.close()
     with pytest.raises(InputError, match="closed"):
         next(stream)
     with pytest.raises(InputError, match="closed"):
         llm(RAW)
-    with pytest.raises(InputError, match="closed"):
-        llm.eval([1])
+    for use in (
+        lambda: llm.eval([1]), llm.n_ctx, llm.n_vocab, llm.token_bos, llm.reset,
+        lambda: llm.tokenize("a"), lambda: llm.detokenize([1]), lambda: llm.last_logits, lambda: llm.scores,
+        lambda: llm.session, lambda: llm.create_chat_completion([{"role": "user", "content": "a"}]),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"toy\.gguf is closed"):
+            use()
 
 
 def test_close_does_not_wait_for_a_stream_that_another_thread_keeps():
@@ -177,6 +183,7 @@ def test_close_ends_a_generation_of_another_thread():
             return str(error)
         return "cancelled"
 
+    session = llm.session
     ended, _ = in_threads([generate, lambda: (begun.wait(PATIENCE_SECONDS), llm.close())])
     assert "closed" in ended or ended == "cancelled"
-    assert llm.session.closed
+    assert session.closed

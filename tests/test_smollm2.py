@@ -21,6 +21,7 @@ from pyinfer.program.reference import Reference
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 from pyinfer_convert.requantize import requantize
+from pyinfer_tools.perplexity import measure, read_text
 
 pytestmark = pytest.mark.model
 
@@ -97,6 +98,18 @@ def test_rounded_activations_cost_what_they_cost_llama_cpp(model, exact):
     assert len(gaps) <= 0.0375 * CHOICES and max(gaps) < 0.6
     error = np.concatenate(logits) - np.concatenate(exact)
     assert np.sqrt((error**2).mean()) < 0.26
+
+
+def test_perplexity_is_that_of_llama_cpp(model):
+    """Of 441 tokens; each engine's rounding of activations moves a chunk's sum by about half a percent."""
+    golden = json.loads((FOLDER / "smollm2_perplexity.json").read_text(encoding="utf-8"))
+    tokens = model.tokenizer.encode(read_text(FOLDER / "perplexity.txt"))
+    assert tokens[: len(golden["tokens"])] == golden["tokens"]
+    session, sums = Session(model, golden["ctx"], 2), [0.0]
+    score = measure(session, golden["tokens"], None, golden["bos"], lambda *state: sums.append(state[2].nll))
+    session.close()
+    np.testing.assert_allclose(np.diff(sums), golden["nll_of_chunks"], rtol=0.015)
+    assert score.perplexity == pytest.approx(golden["perplexity"], rel=0.003)
 
 
 def test_answers_step_by_step(model):

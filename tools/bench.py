@@ -20,6 +20,21 @@ def measure(
 ) -> dict[str, object]:
     """All figures of one model.
 
+    The parameters are those of `_model_figures`;  read_bandwidth_bytes_per_second is the machine's own.
+    """
+    figures = _model_figures(model, threads, n_prompt, n_decode, repeats, batch)
+    # Measured after the model is closed and forgotten, because it needs memory of its own.
+    from pyinfer.jit import read_bandwidth
+
+    figures["read_bandwidth_bytes_per_second"] = read_bandwidth(figures["threads"])
+    return figures
+
+
+def _model_figures(
+    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int
+) -> dict[str, object]:
+    """What is measured on an open model.
+
     n_prompt, n_decode : tokens per run, 0 leaves the run out;  batch : sequences decoded together
     decode_tokens_per_second counts the tokens of all sequences; first_token_seconds runs from the start of
     loading to the logits behind a prompt of 16 tokens; achieved_bytes_per_second is what decode reads of the
@@ -51,11 +66,6 @@ def measure(
             figures["achieved_bytes_per_second"] = steps_per_second * token_bytes(loaded)
         figures["peak_memory_bytes"] = peak_memory_bytes()
         figures["file_bytes"] = loaded.file.file_bytes
-        threads = session.n_threads
-    # Measured after the model is closed, because it needs memory of its own.
-    from pyinfer.jit import read_bandwidth
-
-    figures["read_bandwidth_bytes_per_second"] = read_bandwidth(threads)
     return figures
 
 

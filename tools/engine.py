@@ -80,14 +80,14 @@ class Engine:
 
 
 def token_bytes(model: Model) -> int:
-    """Bytes of weights, as stored in the file, that one token of decode reads."""
-    tensors = model.file.tensors
-    tied = "output.weight" not in tensors
-    # Of an untied embedding a token reads one row.
-    return sum(
-        tensor.nbytes // tensor.rows if name == "token_embd.weight" and not tied else tensor.nbytes
-        for name, tensor in tensors.items()
-    )
+    """Bytes of weights that one token of decode reads: matrices as they lie in memory, where some types take
+    more room than in the file, vectors, and one row of each matrix that stays in the file.
+    """
+    weights = model.weights
+    in_memory = sum(matrix.n_bytes for matrix in weights.matrices.values())
+    vectors = sum(vector.nbytes for vector in weights.vectors.values())
+    rows = [op.weight for op in model.program.ops if op.name in ("embed", "embed_position")]
+    return in_memory + vectors + sum(tensor.nbytes // tensor.rows for tensor in rows)
 
 
 def median(values: list[float]) -> float:

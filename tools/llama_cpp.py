@@ -109,18 +109,10 @@ class Peer:
         """Forget all tokens."""
         c_api.llama_memory_clear(c_api.llama_get_memory(self._context), False)
 
-    def prefill_seconds(self, n_tokens: int, repeats: int) -> list[float]:
-        """Seconds for a prompt of `n_tokens` into an empty cache, each run (llama-bench's pp)."""
-        self.prefill_run(min(_BATCH, n_tokens))
-        return [self.prefill_run(n_tokens) for _ in range(repeats)]
-
-    def decode_seconds(self, n_tokens: int, repeats: int) -> list[float]:
-        """Seconds for `n_tokens` single-token steps into an empty cache, each run (llama-bench's tg)."""
-        self.decode_run(min(4, n_tokens))
-        return [self.decode_run(n_tokens)[1] for _ in range(repeats)]
-
     def decode_run(self, n_tokens: int, limit_seconds: float = float("inf")) -> tuple[int, float]:
-        """One run of single-token steps: (steps done, seconds); stops early at the limit."""
+        """Single-token steps from an empty cache, as llama-bench's tg: (steps done, seconds); stops early at
+        the limit.
+        """
         self._check_fit(n_tokens)
         ids = random_tokens(n_tokens, self.n_vocab)
         self.clear()
@@ -139,7 +131,7 @@ class Peer:
         return n_tokens, seconds
 
     def prefill_run(self, n_tokens: int) -> float:
-        """Seconds of one prompt into an empty cache."""
+        """Seconds of one prompt into an empty cache, as llama-bench's pp."""
         self._check_fit(n_tokens)
         ids = random_tokens(n_tokens, self.n_vocab)
         self.clear()

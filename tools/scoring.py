@@ -41,6 +41,11 @@ class Score:
         self.tokens += len(targets)
 
     @property
+    def nll(self) -> float:
+        """Sum of the negative log-likelihoods so far."""
+        return self._nll
+
+    @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood; NaN before the first token."""
         return math.exp(self._nll / self.tokens) if self.tokens else math.nan

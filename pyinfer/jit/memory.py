@@ -81,16 +81,6 @@ def bits_to_float(typingctx, bits):
 
 
 @intrinsic
-def float_to_bits(typingctx, value):
-    """float32 -> its uint32 bits."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], I32)
-
-    return types.uint32(types.float32), generate
-
-
-@intrinsic
 def round_half_even(typingctx, value):
     """Nearest integer as float32, ties to even; one instruction, vectorizes."""
 

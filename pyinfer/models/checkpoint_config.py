@@ -18,7 +18,7 @@ import numpy as np
 from pyinfer import names
 from pyinfer.errors import FormatError, UnsupportedError
 from pyinfer.models.checkpoint import Rules, TensorRule
-from pyinfer.models.hparams import ACTIVATION
+from pyinfer.models.hparams import ACTIVATION, LEAST_ROPE_NUMBER
 
 MOST = {"layers": 4096, "width": 1 << 20, "heads": 1 << 16, "tokens": 1 << 31}
 
@@ -202,8 +202,12 @@ def rope_keys(architecture: str, rope: Mapping[str, Any]) -> dict[str, object]:
         given[names.ROPE_SCALING_ORIGINAL_CONTEXT_LENGTH] = values.integer(
             "original_max_position_embeddings", high=MOST["tokens"]
         )
-        given[names.ROPE_SCALING_YARN_BETA_FAST] = values.number("beta_fast", default=32.0, low=LEAST_ROPE_NUMBER, high=1e6)
-        given[names.ROPE_SCALING_YARN_BETA_SLOW] = values.number("beta_slow", default=1.0, low=LEAST_ROPE_NUMBER, high=1e6)
+        given[names.ROPE_SCALING_YARN_BETA_FAST] = values.number(
+            "beta_fast", default=32.0, low=LEAST_ROPE_NUMBER, high=1e6
+        )
+        given[names.ROPE_SCALING_YARN_BETA_SLOW] = values.number(
+            "beta_slow", default=1.0, low=LEAST_ROPE_NUMBER, high=1e6
+        )
     return keys_of(architecture, given)
 
 

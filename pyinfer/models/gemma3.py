@@ -64,7 +64,8 @@ def hparams(file: GGUFFile) -> HParams:
     base = keys.number(names.ROPE_FREQ_BASE_SWA, LOCAL_FREQ_BASE, 1.0, 1e12)
     if base != LOCAL_FREQ_BASE:
         raise UnsupportedError(
-            f"{file.path}: {keys.name(names.ROPE_FREQ_BASE_SWA)} is {base:g}, supported is {LOCAL_FREQ_BASE:g}"
+            f"{file.path}: {keys.name(names.ROPE_FREQ_BASE_SWA)} is {base:g}, "
+            f"supported is {LOCAL_FREQ_BASE:g}"
         )
     _check_pattern(keys, hp.block_count)
     return hp

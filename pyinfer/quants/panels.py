@@ -17,8 +17,9 @@ token or many, and a panel is one stream of whole cache lines (scales apart from
 per thread). A float panel is [columns][16] numbers. Rows are padded with zeros to 16, groups to an even
 number; panels begin at multiples of 64 bytes.
 
-K-quants multiply a half by a 4 to 8 bit integer to get the scale of a group; here the product is rounded to a
-half (relative 2^-11).
+K-quants multiply a half by a 4 to 8 bit integer to get the scale of a group, and some also its minimum; here
+each product is rounded to a half, by at most 2^-11 of itself. That holds below 2^-14, too, where halves have
+fewer bits: a half times an integer is a multiple of 2^-24, as all halves are, so nothing is rounded there.
 """
 
 from __future__ import annotations

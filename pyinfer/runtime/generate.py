@@ -18,6 +18,8 @@ import numpy as np
 from pyinfer.errors import ContextFullError, InputError
 from pyinfer.runtime.sampler import TokenLogprob, token_logprob
 
+SCORED_TOKENS = 64  # tokens whose logits are in memory at once when a prompt is scored
+
 Cancelled = Callable[[], bool]
 Progress = Callable[[int, int], None]
 
@@ -59,6 +61,11 @@ class CachedSequence:
         """Forget everything."""
         self.session.truncate(0, self.sequence)
         self.tokens, self.logits, self._writer = [], None, None
+
+    def detach(self) -> None:
+        """Let go of the session, so that a stream which nobody goes on with keeps no memory; for the end."""
+        self.tokens, self.logits, self._writer = [], None, None
+        del self.session
 
     def reusable(self, tokens: Sequence[int]) -> int:
         """How many leading tokens need not be computed; the last one only if its logits are there."""
@@ -115,6 +122,21 @@ class CachedSequence:
         rows = logits if all_logits else logits[None]
         self.logits = rows[-1]
         return rows
+
+    def score(self, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
+        """Compute all of `tokens` from an empty cache; the log-probability of each but the first.
+
+        count : how many of the most probable tokens to report at each place
+        """
+        self.check(tokens)
+        self.clear()
+        scored: list[TokenLogprob] = []
+        for begin in range(0, len(tokens), SCORED_TOKENS):
+            chunk = tokens[begin : begin + SCORED_TOKENS]
+            rows = self.append(chunk, all_logits=True)
+            following = tokens[begin + 1 : begin + 1 + len(chunk)]
+            scored += [token_logprob(row, token, count) for row, token in zip(rows, following)]
+        return scored
 
     def check(self, tokens: Sequence[int]) -> None:
         """Raises InputError without tokens or for an unknown token, ContextFullError when they do not fit."""
@@ -267,6 +289,16 @@ class TextOptions:
             if value is not None and (not isinstance(value, int | np.integer) or value < 0):
                 raise InputError(f"{name} is {value!r}, expected None or an integer of 0 or more")
         StopStrings(self.stop)
+
+
+def text_options(
+    max_tokens: int | None, stop: str | Sequence[str] | None, logprobs: int | None
+) -> TextOptions:
+    """From the arguments of a completion: a negative max_tokens is no limit, one stop may stand alone."""
+    if max_tokens is not None and not isinstance(max_tokens, int | np.integer):
+        raise InputError(f"max_tokens is {max_tokens!r}, expected an integer, or None or -1 for no limit")
+    limit = None if max_tokens is None or max_tokens < 0 else max_tokens
+    return TextOptions(limit, (stop,) if isinstance(stop, str) else tuple(stop or ()), logprobs)
 
 
 @dataclass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from pyinfer.runtime.generate import GenerationStats
+from pyinfer.runtime.generate import GenerationStats, Segment, TextOptions
 from pyinfer.runtime.sampler import TokenLogprob
 
 Drawn = Sequence[
@@ -130,3 +130,15 @@ class ChatResponse(_Response):
 
     def _entry(self, token: int, logprob: float | None) -> dict:
         return {"token": self._text(token), "logprob": logprob, "bytes": list(self._token_bytes(token))}
+
+
+def drawn_tokens(segment: Segment, options: TextOptions) -> Drawn | None:
+    """Tokens of a segment with their log-probabilities; None where nobody asked for them."""
+    return None if options.logprobs is None else [(entry.token, entry) for entry in segment.logprobs]
+
+
+def joined(segments: Iterator[Segment], options: TextOptions) -> tuple[str, list | None, Segment]:
+    """Text, drawn tokens (None without log-probabilities) and last segment of a stream."""
+    parts = list(segments)
+    pairs = [pair for part in parts for pair in drawn_tokens(part, options) or ()]
+    return "".join(part.text for part in parts), None if options.logprobs is None else pairs, parts[-1]

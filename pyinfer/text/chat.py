@@ -134,8 +134,9 @@ def encode_chat(
         source, tokenizer.token_text(tokenizer.bos_id), tokenizer.token_text(tokenizer.eos_id)
     )
     texts = [source or CHATML, *tokenizer.control_texts]
+    checked = _checked_all(messages)
     try:
-        data = plain({"messages": [_checked(message) for message in messages], **extra})
+        data = plain({"messages": checked, **extra})
         plain(data, lambda text: texts.append(text) or text)
     except ValueError as error:
         raise InputError(f"chat messages contain {error}; expected text, numbers, lists and dicts") from None
@@ -149,6 +150,15 @@ def encode_chat(
 
 
 _compiled = functools.lru_cache(maxsize=8)(ChatTemplate)
+
+
+def _checked_all(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        raise InputError(
+            f"chat messages are a {type(messages).__name__}; "
+            "expected a list of dicts with a role and a content"
+        )
+    return [_checked(message) for message in messages]
 
 
 def _checked(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -343,13 +353,13 @@ def _accounted(node: Any) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _sandbox_class() -> Any:
-    """The sandbox, made at first use because jinja2 is optional and takes 20 ms to import."""
+    """The sandbox, made at first use because jinja2 takes 20 ms to import."""
     try:
         from jinja2 import nodes
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise MissingExtraError("chat templates need jinja2; run: pip install 'pyinfer[chat]'") from None
+        raise MissingExtraError("chat templates need jinja2; run: pip install jinja2") from None
 
     class Generation(Extension):
         """{% generation %} marks the assistant's words for training; here only its content counts."""

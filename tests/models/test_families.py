@@ -11,7 +11,7 @@ from golden_files import reference_logits
 from hf_checkpoints import FOLDER, NAMES, converted, golden_logits, write_gguf
 
 from pyinfer import models, names
-from pyinfer.errors import FormatError, PyInferError
+from pyinfer.errors import FormatError, InputError, PyInferError
 from pyinfer.gguf_file import open_gguf
 from pyinfer.models import build_program
 from pyinfer.models.checkpoint import IGNORED, bind, family_of
@@ -149,6 +149,29 @@ def test_files_of_powerinfer_say_no_epsilon_for_opt(tmp_path):
     assert apart(reference_logits(tmp_path / "opt.gguf", tokens), logits) <= REFERENCE_TOLERANCE
 
 
+@pytest.mark.parametrize("rows", [66, 34, 2])
+def test_learned_positions_bound_the_context(tmp_path, rows):
+    """opt's key says 64, two rows of the matrix come before the one of position 0."""
+    with open_checkpoint(FOLDER / "opt") as checkpoint:
+        metadata, tensors = converted(checkpoint)
+    tensors["position_embd.weight"] = tensors["position_embd.weight"][:rows]
+    path, positions = tmp_path / "opt.gguf", rows - 2
+    write_gguf(path, metadata, tensors)
+    if not positions:
+        with open_gguf(path) as file, pytest.raises(FormatError, match=r"position_embd\.weight has 2 rows"):
+            build_program(file)
+        return
+    with load_model(path) as model:
+        assert model.hparams.context_length == model.program.most_positions == positions
+        with pytest.raises(InputError, match=f"at most the {positions} positions"):
+            Session(model, positions + 1, 1)
+        session = Session(model, positions, 1)
+        try:
+            assert session.prefill(np.arange(positions)).shape == (VOCABULARY,)
+        finally:
+            session.close()
+
+
 def test_old_files_of_minicpm_have_the_scales_of_the_first_models(tmp_path):
     with open_checkpoint(FOLDER / "minicpm") as checkpoint:
         metadata, tensors = converted(checkpoint)
@@ -185,8 +208,11 @@ def test_every_missing_tensor_is_named(file_of, name):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("llama_bias", "arcee_yarn")])
-@pytest.mark.parametrize("value", [None, -1, 0, 3, 2**40, 1e300, float("nan"), "x", []], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, -1, 0, 3, 2**40, 1.0, 1e-300, 1e300, float("nan"), "x", "yarn", []], ids=repr
+)
 def test_any_value_of_any_key_builds_or_is_refused(file_of, name, value):
+    """What is built has rope tables of numbers, which sessions make."""
     with open_gguf(file_of(name)) as file:
         for key, kept in list(file.metadata.items()):
             if value is None:
@@ -194,7 +220,8 @@ def test_any_value_of_any_key_builds_or_is_refused(file_of, name, value):
             else:
                 file.metadata[key] = value
             try:
-                build_program(file)
+                ropes = {op.params["rope"] for op in build_program(file)[1].ops if op.name == "rope"}
+                assert all(np.isfinite(rope.table(np.arange(3))).all() for rope in ropes), key
             except PyInferError as error:
                 assert file.path.name in str(error), key
             file.metadata[key] = kept

@@ -211,6 +211,113 @@ def test_rope_factors(spoil, factors):
     refused(spoil(tensors=made, name="llama_rope_llama3"), FormatError, "rope_freqs.weight")
 
 
+def copied(name: str):
+    """As a tensor of another name; of the file's first block."""
+    return lambda spoiled: replace(spoiled.tensors["blk.0.attn_norm.weight"], name=name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.foo.weight",
+        "blk.0.attn_norm.bias",
+        "blk.0.attn_q_norm.weight",
+        "blk.7.attn_norm.weight",
+        "output_norm.bias",
+        "blk.0.fc3.weight",
+        "x\ny" * 99,
+    ],
+)
+@pytest.mark.parametrize("model", ["llama", "gemma3_27b"])
+def test_tensors_that_nobody_reads_are_refused(spoil, model, name):
+    file = spoil(name=model)
+    if name in file.tensors:
+        return
+    file.tensors[name] = copied(name)(file)
+    refused(file, UnsupportedError, "blk.0.foo|norm.bias|q_norm|blk.7|fc3|x.*ny")
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_factors_long.weight", "rope_factors_short.weight", "blk.1.fc1.weight"]
+)
+def test_predictors_and_factors_for_long_texts_may_be_there(spoil, name):
+    file = spoil()
+    before = str(build_program(file)[1])
+    file.tensors[name] = copied(name)(file)
+    assert str(build_program(file)[1]) == before
+
+
+NEUTRAL = {
+    "attention.scale": (0.0, 0.25),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+    "rope.scaling.yarn_ext_factor": (-1.0, 0.0),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_keys_that_would_change_the_answer(spoil, key):
+    for value in NEUTRAL[key]:
+        build_program(spoil({key: value}))
+    for value in (0.5, 30.0):
+        refused(spoil({key: value}), UnsupportedError, f"llama.{key} is {value:g}, supported is")
+    refused(spoil({key: "x"}), FormatError, f"llama.{key}")
+
+
+def test_yarn_extrapolates_wholly_or_is_refused(spoil):
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
+    build_program(spoil({**yarn, "rope.scaling.yarn_ext_factor": 1.0}))
+    refused(spoil({**yarn, "rope.scaling.yarn_ext_factor": 0.0}), UnsupportedError, "yarn_ext_factor")
+
+
+def test_which_layers_of_gemma3_are_local(spoil):
+    with open_gguf(load_golden("gemma3").path) as file:
+        blocks = build_program(file)[0].block_count
+    usual = [index % 6 != 5 for index in range(blocks)]
+    for value in (6, usual, np.array(usual), np.array(usual, np.int32)):
+        build_program(spoil({"attention.sliding_window_pattern": value}, name="gemma3"))
+    for value in (5, True, 6.5, "6", [], usual[1:], [True] * blocks, np.ones(blocks)):
+        file = spoil({"attention.sliding_window_pattern": value}, name="gemma3")
+        refused(file, UnsupportedError, "gemma3.attention.sliding_window_pattern")
+    refused(spoil({"rope.freq_base_swa": 5000.0}, name="gemma3"), UnsupportedError, "freq_base_swa is 5000")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rope.freq_base", (1.0,)),
+        ("rope.scaling.yarn_beta_fast", (0.0, 1e-300)),
+        ("rope.scaling.yarn_beta_slow", (0.0, 1e-300)),
+        ("rope.scaling.factor", (1e-300,)),
+    ],
+)
+def test_what_rotation_divides_by_is_above_zero(spoil, key, values):
+    for value in values:
+        refused(spoil({"rope.scaling.type": "yarn", key: value}), FormatError, f"llama.{key} is {value!r}")
+
+
+@pytest.mark.parametrize("count", [0, 287, 289])
+def test_tokens_and_embedding_are_of_one_length(spoil, count):
+    file = spoil()
+    file.metadata["tokenizer.ggml.tokens"] = [str(each) for each in range(count)]
+    refused(file, FormatError, f"tokenizer.ggml.tokens lists {count} tokens, .* has 288 rows")
+
+
+@pytest.mark.parametrize("which", ["bos", "eos", "eot", "eom"])
+def test_begin_and_end_are_tokens(spoil, which):
+    file, key = spoil(), f"tokenizer.ggml.{which}_token_id"
+    file.metadata[key] = 287
+    build_program(file)
+    for value in (288, -1, 2**32 - 1, "</s>", True):
+        file.metadata[key] = value
+        refused(file, FormatError, f"{key} is {value!r}, expected an integer from 0 to 287")
+
+
 values = st.one_of(
     st.integers(-(2**63), 2**64),
     st.integers(0, 300),

@@ -9,11 +9,13 @@ from pyinfer.names import GGMLType
 from pyinfer.quants import names, panels, quant
 
 K_QUANTS = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # their group scale is a product, rounded to a half
+# Least halves of blocks; with tiny ones all products are subnormal halves, with small ones some.
+ORDINARY, SMALL, TINY = 0.01, 1e-6, 4e-8
 
 
-def random_blocks(name, rows, columns, rng):
-    """Valid random bytes of a type: every code and scale occurs; halves are kept finite and of ordinary
-    size.
+def random_blocks(name, rows, columns, rng, least=ORDINARY):
+    """Valid random bytes of a type: every code and scale occurs; halves are least to 10 least,
+    of either sign.
     """
     type_ = gguf.GGMLQuantizationType[name.upper()]
     block, size = gguf.GGML_QUANT_SIZES[type_]
@@ -32,9 +34,8 @@ def random_blocks(name, rows, columns, rng):
         "q5_k": (0, 2),
         "q6_k": (208,),
     }.get(name, (0,)):
-        halves = (rng.uniform(0.01, 0.1, raw.shape[:2]) * rng.choice([-1, 1], raw.shape[:2])).astype(
-            np.float16
-        )
+        signs = rng.choice([-1, 1], raw.shape[:2])
+        halves = (rng.uniform(least, 10 * least, raw.shape[:2]) * signs).astype(np.float16)
         raw[:, :, offset : offset + 2] = halves.view(np.uint8).reshape(*raw.shape[:2], 2)
     return raw.reshape(rows, -1)
 
@@ -54,15 +55,16 @@ def packed(name, raw, rows, columns):
 
 
 @pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("least", [ORDINARY, SMALL, TINY])
 @pytest.mark.parametrize("rows", [16, 37])
-def test_panels_equal_gguf(name, rows):
+def test_panels_equal_gguf(name, rows, least):
     rng = np.random.default_rng(7)
     columns = 512
-    raw = random_blocks(name, rows, columns, rng)
+    raw = random_blocks(name, rows, columns, rng, least)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name.upper()]).astype(np.float64)
     found = packed(name, raw, rows, columns)
-    assert np.abs(expected).max() > 0.1
-    if name in K_QUANTS:
+    assert np.abs(expected).max() > 10 * least
+    if name in K_QUANTS and least != TINY:
         largest = np.abs(expected).reshape(rows, -1, 256).max(2).repeat(256, 1)
         assert (np.abs(found - expected) <= largest * 2.0**-10).all()
     else:

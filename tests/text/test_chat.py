@@ -14,6 +14,7 @@ from chat_templates import HOSTILE, NS, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
+from toy_engine import toy_tokenizer
 from vocabularies_trained import add_tokens, byte_level, sentencepiece
 
 from pyinfer.errors import FormatError, InputError, MissingExtraError, PyInferError, UnsupportedError
@@ -240,10 +241,27 @@ def test_without_jinja2_the_error_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     chat._sandbox_class.cache_clear()
     try:
-        with pytest.raises(MissingExtraError, match="pip install"):
+        with pytest.raises(MissingExtraError, match=r"pip install jinja2$"):
             ChatTemplate(None)
     finally:
         chat._sandbox_class.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        (["role"], "a chat message is 'role'; expected a dict with a role and a content"),
+        ([{"content": "a"}], "a chat message is .*expected a dict with a role"),
+        ("hi", "chat messages are a str; expected a list of dicts"),
+        (None, "chat messages are a NoneType; expected a list"),
+        ({"role": "user"}, "chat messages are a dict; expected a list"),
+        ([{"role": "user", "content": object()}], "chat messages contain a object; expected text"),
+    ],
+)
+def test_what_is_no_chat_is_named_once(messages, words):
+    tokenizer = toy_tokenizer()
+    with pytest.raises(InputError, match=f"^{words}"):
+        encode_chat(tokenizer, messages)
 
 
 SOURCES = st.text(alphabet=st.sampled_from("{}%#'\"[]()|~+*. \nabmessagforinifenddsetx01<>=-"), max_size=60)

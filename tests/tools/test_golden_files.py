@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import gguf
 import numpy as np
@@ -32,6 +33,16 @@ def test_model_and_logits_belong_together(golden):
     assert stored["logits"].dtype == np.float32 and np.isfinite(stored["logits"]).all()
     assert stored["tokens"].shape == (_TOKENS,)
     assert stored["tokens"].min() >= 0 and stored["tokens"].max() < golden.config["vocab_size"]
+
+
+def test_perplexity_is_whole():
+    made = json.loads((FOLDER / "smollm2_perplexity.json").read_text(encoding="utf-8"))
+    chunks, scored = len(made["nll_of_chunks"]), made["ctx"] - 1 - made["ctx"] // 2
+    assert chunks >= 3 and len(made["tokens"]) == chunks * made["ctx"]
+    assert all(0 <= token < 49_152 for token in made["tokens"])
+    assert math.exp(sum(made["nll_of_chunks"]) / (chunks * scored)) == pytest.approx(
+        made["perplexity"], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["smollm2_greedy", "smollm2_greedy_exact"])
