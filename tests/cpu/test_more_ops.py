@@ -1,4 +1,4 @@
-"""Ops of families that are not like llama against the reference: LayerNorm, ungated FFNs, neuron-major weights."""
+"""Ops of families unlike llama against the reference: LayerNorm, ungated FFNs, neuron-major weights."""
 
 from __future__ import annotations
 
