@@ -239,3 +239,9 @@ def test_every_test_has_a_docstring_file_and_a_subject():
     assert folders <= {".", "convert", "tools", *parts}
     for path in (ROOT / "tests").rglob("*.py"):
         assert ast.get_docstring(_tree(path)), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by name alone: two of one name in different folders break the whole run."""
+    found = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(found) == sorted(set(found))
