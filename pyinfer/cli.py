@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
@@ -310,6 +311,14 @@ def _in_options(sentence: str) -> str:
     return _LIBRARY_NAME.sub(lambda match: OPTION_NAMES[match.group()], sentence)
 
 
+def _drop_output() -> None:
+    """What could not be written to stdout must not fail once more when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stand-in has no file behind it
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     """Run and turn everything that can go wrong outside of this program into a sentence and an exit code."""
     with contextlib.suppress(AttributeError):
@@ -318,11 +327,14 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
         with _remembered_interrupts() as check:
             return _run(options, open_llama, check)
     except BrokenPipeError:  # nobody reads on, which is no fault
+        _drop_output()
         return 0
     except KeyboardInterrupt:
         _note("\ninterrupted")
         return INTERRUPTED
     except (PyInferError, OSError, MemoryError) as error:
+        if isinstance(error, OSError):
+            _drop_output()
         if options["verbose"]:
             traceback.print_exc()
         _note(f"error: {_in_options(str(error)) or type(error).__name__}")

@@ -33,7 +33,7 @@ def test_every_type_is_in_models_md():
 
 
 def test_the_table_of_checkpoints_is_up_to_date():
-    text = models_table.FILE.read_text(encoding="utf-8")
+    text = (ROOT / "models.md").read_text(encoding="utf-8")
     assert models_table.updated(text) == text, "run python -m pyinfer_tools.models_table"
 
 

@@ -28,7 +28,7 @@ from pyinfer_convert.sources import ACTIVATION, CheckpointSource
 from pyinfer_convert.writer import TensorEntry
 from pyinfer_tools.published_models import PUBLISHED, SOURCES, Published
 
-FILE = Path(__file__).resolve().parent.parent / "models.md"
+FILE = Path("models.md")  # of a checkout, in which the tool is run
 BEGIN = "<!-- written by python -m pyinfer_tools.models_table, do not edit -->"
 END = "<!-- end of what models_table wrote -->"
 SHOWN = ("q4_0", "q8_0", "f16")
