@@ -18,7 +18,7 @@ import click
 from pyinfer.errors import PyInferError
 from pyinfer_tools import llama_cpp
 
-_FILE = Path(__file__).resolve().parent.parent / "tests" / "golden" / "smollm2_tokens.json"
+_FILE = Path("tests/golden/smollm2_tokens.json")  # of a checkout, in which the tool is run
 _N_MIXTURES = 120
 
 TEXTS = [

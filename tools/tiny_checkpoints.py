@@ -29,7 +29,7 @@ TOKENS = 40
 VOCABULARY = 272
 MOST_BYTES = 300_000
 _ENDS = {"bos_token_id": VOCABULARY - 3, "eos_token_id": VOCABULARY - 3}
-FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden" / "hf"
+FOLDER = Path("tests/golden/hf")  # of a checkout, in which the tool is run
 
 
 @dataclass(frozen=True)

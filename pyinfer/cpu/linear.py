@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from pyinfer.jit.kernel import Kernel, kernel
+from pyinfer.jit.kernel import Kernel, inline, kernel
 from pyinfer.jit.memory import i64_at, prefetch
 from pyinfer.jit.simd import (
     high_nibbles,
@@ -90,6 +90,18 @@ def linear(layout: Layout, tile: int) -> Kernel:
     return _quantized_kernel(layout.bits, layout.group, int(layout.has_minimum), tile)
 
 
+@inline
+def _finish(given, total, t, panel, thread):
+    """Add bias and residual, if there are, and write the tile."""
+    if given[BIAS] != 0:
+        total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
+    if given[RESIDUAL] != 0:
+        residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
+        here = residual + t * given[RESIDUAL_STRIDE] + 64 * panel
+        total = tile_add_memory(total, here, given[RESIDUAL_STRIDE])
+    tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
+
+
 def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Kernel:
     group_bytes = 2 * bits * group
     chunk_bytes = 2 * group_bytes + 64 * (1 + has_minimum)
@@ -108,7 +120,6 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Ker
         sums, sums_scaled = x_scale + part, x_scale + 2 * part
         if group == 16:
             sums, sums_scaled = x_scale + 3 * part, x_scale + 5 * part
-        residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
         for block in range(0, rows, TOKEN_BLOCK):
             for panel in range(first, last):
                 weight = given[WEIGHT] + panel * given[PANEL_STRIDE]
@@ -145,12 +156,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Ker
                             if has_minimum:
                                 minimum = load_f16x16(at + 2 * group_bytes + 64 + 32 * half)
                                 total = tile_add_product(total, minimum, sums_scaled + at_sum, 4)
-                    if given[BIAS] != 0:
-                        total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
-                    if given[RESIDUAL] != 0:
-                        here = residual + t * given[RESIDUAL_STRIDE] + 64 * panel
-                        total = tile_add_memory(total, here, given[RESIDUAL_STRIDE])
-                    tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
+                    _finish(given, total, t, panel, thread)
 
     return linear_quantized
 
@@ -163,7 +169,6 @@ def _float_kernel(kind: int, tile: int) -> Kernel:
         given = i64_at(operands)
         rows = i64_at(step)[given[COUNT]]
         x, x_stride = given[X] + thread * given[X_PRIVATE], given[X_STRIDE]
-        residual = given[RESIDUAL] + thread * given[RESIDUAL_PRIVATE]
         for block in range(0, rows, TOKEN_BLOCK):
             for panel in range(first, last):
                 weight = given[WEIGHT] + panel * given[PANEL_STRIDE]
@@ -178,11 +183,6 @@ def _float_kernel(kind: int, tile: int) -> Kernel:
                         else:
                             column = load_bf16x16(weight + c * column_bytes)
                         total = tile_add_product(total, column, here + 4 * c, x_stride)
-                    if given[BIAS] != 0:
-                        total = tile_add_vector(total, load_f32x16(given[BIAS] + 64 * panel))
-                    if given[RESIDUAL] != 0:
-                        there = residual + t * given[RESIDUAL_STRIDE] + 64 * panel
-                        total = tile_add_memory(total, there, given[RESIDUAL_STRIDE])
-                    tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
+                    _finish(given, total, t, panel, thread)
 
     return linear_float
