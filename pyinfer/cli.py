@@ -293,12 +293,16 @@ def _talk(llm: Llama, options: dict[str, Any], text_options: TextOptions, sampli
 
 def _run(options: dict[str, Any], open_llama: Opener, check: Callable[[], None]) -> int:
     prompt = _prompt(options)
+    from pyinfer.model_store import DEFAULT_MODEL, advised_temperature
     from pyinfer.runtime.generate import TextOptions
     from pyinfer.runtime.sampler import SamplingParams
 
     limit = options["max_tokens"] if options["max_tokens"] >= 0 else None
     text_options = TextOptions(limit, options["stop"])
-    sampling = SamplingParams(seed=options["seed"], **{name: options[name] for name in SAMPLING})
+    chosen = {name: options[name] for name in SAMPLING}
+    if chosen["temperature"] is None:
+        chosen["temperature"] = advised_temperature(options["model"] or DEFAULT_MODEL)
+    sampling = SamplingParams(seed=options["seed"], **chosen)
     with open_llama(options) as llm:
         check()
         if prompt is None:
@@ -350,7 +354,7 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     "-n", "--max-tokens", type=click.IntRange(-1), default=512, show_default=True, help="-1: as many as fit."
 )
 @click.option(
-    "--temp", "--temperature", "temperature", type=float, default=0.8, show_default=True, help="0: greedy."
+    "--temp", "--temperature", "temperature", type=float, help="0: greedy.  [default: 0.8, SmolLM2 0.2]"
 )
 @click.option("--top-k", type=int, default=40, show_default=True, help="Only the K likeliest tokens; 0: all.")
 @click.option(

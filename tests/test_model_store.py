@@ -361,3 +361,8 @@ def test_the_default_model_can_be_fetched(cache: Path) -> None:
         fields = gguf.GGUFReader(path).fields
         for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
             assert file.metadata[key] == fields[key].contents() and len(file.metadata[key]) > 48000
+
+
+def test_a_named_model_comes_with_its_makers_temperature():
+    assert model_store.advised_temperature(model_store.DEFAULT_MODEL) == 0.2
+    assert model_store.advised_temperature("some/file.gguf") == 0.8
