@@ -79,7 +79,7 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
     # what takes long to import, after the options were read
     from pyinfer.jit.kernel_cache import kernel_cache_is_cold
     from pyinfer_convert.pipeline import plan
-    from pyinfer_convert.powerinfer import check_powerinfer, with_predictors
+    from pyinfer_convert.powerinfer import check_powerinfer, check_types, with_predictors
     from pyinfer_convert.sources import GGUFSource, open_source
 
     given = options["source"]
@@ -102,6 +102,8 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
             predictor_type=QUANTS[predictor].type if predictor else None,
             magic=names.MAGIC_POWERINFER if powerinfer else names.MAGIC,
         )
+        if powerinfer:
+            check_types((each.entry.name, each.entry.type) for each in planned.tensors)
         if options["verbose"]:
             _explain(planned)
         if options["dry_run"]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pyinfer import names
 from pyinfer.errors import FormatError, ModelNotFoundError, UnsupportedError
 from pyinfer.names import GGMLType
 from pyinfer_convert.recipe import Quant
-from pyinfer_convert.sources import Source, SourceTensor
+from pyinfer_convert.sources import ACTIVATION, Source, SourceTensor
 from pyinfer_convert.tensor_file import TensorFile
 from pyinfer_convert.torch_file import open_torch_file
 
@@ -167,6 +168,12 @@ def check_powerinfer(source: Source, quant: Quant) -> None:
     text = architecture if isinstance(architecture, str) else getattr(architecture, "data", b"")[12:].decode()
     if text not in ARCHITECTURES:
         raise UnsupportedError(f"{source.label}: PowerInfer knows {', '.join(ARCHITECTURES)}, not {text}")
+    activation = source.metadata().get(ACTIVATION, "relu")
+    said = activation if isinstance(activation, str) else getattr(activation, "data", b"")[12:].decode()
+    if said != "relu":
+        raise UnsupportedError(
+            f"{source.label}: its activation is {said}, PowerInfer would compute plain ReLU"
+        )
     found = {each.name for each in source.tensors()}
     layers = {name.split(".")[1] for name in found if name.startswith("blk.")}
     for layer in sorted(layers, key=int):
@@ -179,3 +186,22 @@ def check_powerinfer(source: Source, quant: Quant) -> None:
                     else "its activation must be a ReLU"
                 )
                 raise UnsupportedError(f"{source.label}: {name} is missing, which PowerInfer needs; {hint}")
+
+
+def check_types(types: Iterable[tuple[str, GGMLType]]) -> None:
+    """Raises UnsupportedError for a matrix of a sparse layer whose type PowerInfer's sparse kernels do not
+    know.
+    """
+    sparse = (names.FFN_GATE, names.FFN_UP, names.FFN_DOWN_T, names.FC1, names.FC2)
+    for name, type_ in types:
+        parts = name.split(".")
+        if (
+            parts[0] == "blk"
+            and parts[-2] in sparse
+            and parts[-1] == "weight"
+            and type_.name.lower() not in QUANTS
+        ):
+            known = " and ".join(QUANTS)
+            raise UnsupportedError(
+                f"{name} would be {type_.name}, PowerInfer computes sparse layers in {known}"
+            )

@@ -109,6 +109,8 @@ class GGUFSource:
         found: dict[str, object] = dict(read_encoded(self._file.path))
         if names.ALIGNMENT in found:
             found[names.ALIGNMENT] = self._file.metadata[names.ALIGNMENT]
+        if self._file.powerinfer and self._file.architecture != "bamboo":
+            found.setdefault(ACTIVATION, "relu")  # what the magic PWRI says, and the new file's will not
         return {key: value for key, value in found.items() if not key.startswith("split.")}
 
     def tensors(self) -> list[SourceTensor]:
@@ -149,7 +151,7 @@ class CheckpointSource:
         self._family = family_of(checkpoint.config)
         self.label = checkpoint.path.name
         self.name = _model_name(checkpoint)
-        self.files = []
+        self.files = [path for path in checkpoint.path.iterdir() if path.is_file()]
         self._plain = plain
 
     def metadata(self) -> dict[str, object]:

@@ -77,6 +77,8 @@ def _interruptible(llm: Llama, began: Callable[[], bool] = lambda: True) -> Iter
         count += 1
         llm.cancel()
         if count > 1 or not began():
+            if callable(previous):
+                previous(signal.SIGINT, None)  # who remembers interrupts
             raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
@@ -112,6 +114,10 @@ def _remembered_interrupts() -> Iterator[Callable[[], None]]:
     previous = signal.signal(signal.SIGINT, on_interrupt) if in_main else None
     try:
         yield check
+    except Exception as error:
+        if came:  # dropped in a callback, it broke what a library was doing, such as a compilation
+            raise KeyboardInterrupt from error
+        raise
     finally:
         sys.unraisablehook = previous_report
         if in_main:

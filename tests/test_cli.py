@@ -1,5 +1,6 @@
 """`pyinfer-generate` over the toy model: what goes to which stream, prompts, exit codes, interrupts."""
 
+import contextlib
 import json
 import signal
 import sys
@@ -324,3 +325,16 @@ def test_ctrl_c_while_the_model_loads():
     assert result.exit_code == 130
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+def test_a_dropped_interrupt_that_breaks_a_library_is_an_interrupt():
+    """What LLVM's callbacks drop comes out as another exception, later."""
+
+    def opener(_):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("no compiled object yet")
+
+    result = CliRunner().invoke(main, ["Hi"], obj=opener)
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr

@@ -28,6 +28,7 @@ F32, F16, BF16 = range(3)
 
 NOT_FINITE, OVERFLOW = 1, 2  # bits of a status
 INFINITY_BITS = 0x7F800000
+MOST_SEARCHED = 1e8  # magnitude; scales of blocks are halves, so far smaller numbers are refused already
 
 
 def quantize_rows(
@@ -55,8 +56,16 @@ def quantize_rows(
     program = np.zeros((1, FIELDS), np.int64)
     program[0] = quant(type_).quantize.address, operands.ctypes.data, rows, DYNAMIC, 1
     team.run(program, operands)
-    if status.any():
+    if status.any() or _too_large_to_search(type_, values):
         raise FormatError(_unfit(type_, values, name, first_row))
+
+
+def _too_large_to_search(type_: GGMLType, values: np.ndarray) -> bool:
+    """The squares of such numbers would overflow in the search, and be taken for zeros. No half is so
+    large.
+    """
+    searched = type_ in (GGMLType.Q4_K, GGMLType.Q6_K) and values.dtype != np.float16
+    return searched and float(np.abs(as_floats(values)).max()) > MOST_SEARCHED
 
 
 def as_floats(values: np.ndarray) -> np.ndarray:

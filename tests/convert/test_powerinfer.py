@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -151,3 +152,46 @@ def test_a_bad_predictor_configuration(text, predictors, tmp_path):
     (folder / "config.json").write_text(text, encoding="utf-8")
     done = convert(HF / "relu_llama", "-o", tmp_path / "out.gguf", "--predictor", folder)
     assert done.exit_code == 1 and "config.json" in done.stderr
+
+
+def test_a_published_file_keeps_its_activation(predictors, tmp_path):
+    """Only the magic says that such a file is ReLU: as a plain GGUF it must say so itself."""
+    folder, _ = predictors("relu_llama")
+    own, published, out = (tmp_path / name for name in ("own.gguf", "published.gguf", "out.gguf"))
+    arguments = ("--quant", "f16", "--format", "powerinfer", "--predictor", folder)
+    assert convert(HF / "relu_llama", "-o", own, *arguments).exit_code == 0
+    data = own.read_bytes()
+    assert data.count(b"pyinfer.activation") == 1
+    published.write_bytes(data.replace(b"pyinfer.activation", b"another.activation"))
+    assert convert(published, "-o", out, "--quant", "f16").exit_code == 0
+    tokens, logits = golden_logits("relu_llama")
+    for path in (published, out):
+        with load_model(path) as model:
+            session = Session(model, 64, 2)
+            found = session.prefill(tokens, all_logits=True)
+            session.close()
+        assert np.abs(found - logits).max() <= 5e-3 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "complaint"),
+    [
+        ("prosparse_llama", (), "fatrelu:0.01, PowerInfer would compute plain ReLU"),
+        ("relu_llama", ("--predictor-quant", "q8_0"), "fc1.weight would be Q8_0"),
+    ],
+)
+def test_what_powerinfer_would_compute_otherwise_is_refused(name, extra, complaint, predictors, tmp_path):
+    folder, _ = predictors(name)
+    arguments = ("--quant", "f16", "--format", "powerinfer", "--predictor", folder, *extra)
+    done = convert(HF / name, "-o", tmp_path / "out.gguf", *arguments)
+    assert done.exit_code == 1 and complaint in done.stderr
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_checkpoint_is_not_overwritten_with_force(file, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(HF / "llama", folder)
+    before = (folder / file).read_bytes()
+    done = convert(folder, "-o", folder / file, "--force")
+    assert done.exit_code == 1 and "is the file to be read" in done.stderr
+    assert (folder / file).read_bytes() == before

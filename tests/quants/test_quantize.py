@@ -226,3 +226,13 @@ def test_constants_and_single_numbers_survive(name, team):
     values[2, 77], values[3, 200] = 3.0, -3.0
     found = dequantized(name, quantized(name, values, team))
     np.testing.assert_allclose(found, values, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q6_k"])
+@pytest.mark.parametrize("size", [1e9, 1e20, 1e30, 3e38])
+def test_numbers_too_large_to_search_are_refused(kind, size, team):
+    values = (np.random.default_rng(5).uniform(-1, 1, (8, 256)) * size).astype(np.float32)
+    block, block_bytes = BLOCK[GGMLType[kind.upper()]]
+    out = np.zeros(values.size // block * block_bytes, np.uint8)
+    with pytest.raises(FormatError, match="too large"):
+        quantize_rows(GGMLType[kind.upper()], values, out, team, name="w")
