@@ -151,7 +151,8 @@ class CheckpointSource:
         self._family = family_of(checkpoint.config)
         self.label = checkpoint.path.name
         self.name = _model_name(checkpoint)
-        self.files = [path for path in checkpoint.path.iterdir() if path.is_file()]
+        folder = checkpoint.path
+        self.files = [each for each in folder.iterdir() if each.is_file()] if folder.is_dir() else []
         self._plain = plain
 
     def metadata(self) -> dict[str, object]:
