@@ -26,13 +26,14 @@ from pyinfer_convert.torch_file import open_torch_file
 from pyinfer_convert.weight_files import INDEX_SUFFIX, find_weights
 
 MAX_JSON_BYTES = 256 << 20
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class Checkpoint:
     """An open checkpoint.
 
     path : the folder;  config : config.json, with the text_config of a model that also sees laid over it
-    generation_config : generation_config.json, or {}
+    generation_config : generation_config.json, or {};  notices : sentences on what is there but not read
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.generation_config = read_json(path / "generation_config.json") or {}
+        self.notices = _notices(path)
         self._files = list(files)
         self._latest: TensorFile | None = None
         self._places: dict[str, tuple[TensorFile, StoredTensor]] = {}
@@ -135,7 +137,8 @@ def open_checkpoint(path_or_repo: str | os.PathLike[str], *, progress: Progress 
         )
     if not path.is_dir():
         raise FormatError(
-            f"{path}: this is a file, expected the folder of a checkpoint, with its config.json"
+            f"{path}: this is a file, expected the folder of a checkpoint, with its config.json; "
+            f"give {path.absolute().parent}"
         )
     return _open_folder(path)
 
@@ -168,6 +171,16 @@ def _open_folder(path: Path) -> Checkpoint:
         for file in files:
             file.close()
         raise
+
+
+def _notices(path: Path) -> list[str]:
+    adapter = [name for name in ADAPTER_FILES if (path / name).is_file()]
+    if not adapter:
+        return []
+    return [
+        f"{path}: the LoRA adapter in this folder ({adapter[0]}) is not merged into the model, only the base "
+        "weights are converted; to have it, merge it first (merge_and_unload of peft, then save_pretrained)"
+    ]
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -204,8 +217,8 @@ def _read_index(path: Path, name: str) -> dict[str, str]:
 
 def _without_weights(path: Path, names: list[str]) -> PyInferError:
     """Why a folder is no checkpoint, and what to do about it."""
-    if "adapter_config.json" in names:
-        base = (read_json(path / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if any(name in names for name in ADAPTER_FILES):
+        base = (read_json(path / "adapter_config.json") or {}).get("base_model_name_or_path", "another model")
         return UnsupportedError(
             f"{path}: this is a LoRA adapter of {quoted(str(base))}, not a model; merge it into that model "
             "first (merge_and_unload of peft, then save_pretrained) and convert the result"

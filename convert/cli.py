@@ -1,7 +1,7 @@
 """`pyinfer-convert`: a Hugging Face checkpoint or a GGUF file becomes a GGUF file of the types asked for.
 
 Everything it says goes to standard error. Exit codes: 0 done, 1 something is wrong with the input (one
-sentence), 2 wrong usage, 130 interrupted, 143 ended from outside.
+sentence), 2 wrong usage, 130 interrupted, 143 ended from outside, 129 its terminal was closed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from pyinfer.errors import InputError, PyInferError
 from pyinfer.progress import Progress, format_amount
 from pyinfer_convert.recipe import QUANTS
 
-INTERRUPTED, TERMINATED = 130, 143
+_SIGNALLED = 128  # and the signal's number is the exit code, as shells have it
+# Ctrl-C, a request to end, a closed terminal (Windows: a closed window or Ctrl-Break). No system has all.
+_ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+]
 _QUANT_IN_NAME = re.compile(r"[-._](" + "|".join(QUANTS) + r"|q[2-8]_k(_[sml])?|fp16|fp32)$", re.IGNORECASE)
 
 
 def _note(text: str) -> None:
-    click.echo(text, err=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        click.echo(text, err=True)
 
 
 def default_name(name: str, quant: str) -> str:
@@ -63,8 +68,8 @@ def _write(planned: Any, target: Path, options: dict[str, Any], signals: _Signal
     with Progress(sys.stderr, f"writing {target.name}") as bar:
 
         def progress(done: int, total: int) -> None:
-            bar(done, total)
             signals.check()
+            bar(done, total)
 
         signals.holding = True
         try:
@@ -78,7 +83,7 @@ def _write(planned: Any, target: Path, options: dict[str, Any], signals: _Signal
 def _convert(options: dict[str, Any], signals: _Signals) -> None:
     # what takes long to import, after the options were read
     from pyinfer.jit.kernel_cache import kernel_cache_is_cold
-    from pyinfer_convert.pipeline import plan
+    from pyinfer_convert.pipeline import check, plan
     from pyinfer_convert.powerinfer import check_powerinfer, check_types, with_predictors
     from pyinfer_convert.sources import GGUFSource, open_source
 
@@ -86,6 +91,8 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
     with Progress(sys.stderr, f"fetching {given}") as progress:
         source = open_source(given, plain=options["plain"], progress=progress)
     try:
+        for notice in source.notices:
+            _note(f"note: {notice}")
         if options["requant"] and not isinstance(source, GGUFSource):
             raise InputError(f"{given}: this is a checkpoint, but --requant is for a GGUF file; leave it out")
         if options["predictor"]:
@@ -109,6 +116,7 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
         if options["dry_run"]:
             _note(f"{target}: would have {format_amount(planned.file_bytes, 'bytes')}; nothing was written")
             _describe(planned)
+            check(planned, target, force=options["force"])
             return
         if kernel_cache_is_cold():
             _note("compiling kernels for this processor, once (some seconds)")
@@ -122,22 +130,23 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
 
 
 class _Signals:
-    """Ctrl-C and requests to end. While a file is written the first one waits for the end of a part: raised
-    in the middle of a job of the team, an exception would leave its threads waiting for the one that is gone.
+    """Ctrl-C, requests to end and a closed terminal. While a file is written the first one waits for the end
+    of a part: raised in the middle of a job of the team, an exception would leave its threads waiting for the
+    one that is gone.
     """
 
     def __init__(self) -> None:
         self.holding = False
-        self._received: int | None = None
+        self.received: int | None = None
 
     def __call__(self, number: int, frame: object) -> None:
-        again, self._received = self._received is not None, number
+        again, self.received = self.received is not None, number
         if again or not self.holding:
             self.check()
 
     def check(self) -> None:
-        if self._received is not None:
-            raise KeyboardInterrupt if self._received == signal.SIGINT else SystemExit(TERMINATED)
+        if self.received is not None:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -145,7 +154,12 @@ def _handled(signals: _Signals) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # handlers belong to the main thread
         return
-    previous = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays ignored: nohup means a conversion to outlive its terminal.
+    previous = {
+        number: signal.signal(number, signals)
+        for number in _ENDING
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
     try:
         yield
     finally:
@@ -161,8 +175,10 @@ def _exit_code(options: dict[str, Any]) -> int:
         return 0
     except KeyboardInterrupt:
         _note("\ninterrupted; nothing was written")
-        return INTERRUPTED
+        return _SIGNALLED + (signals.received or signal.SIGINT)
     except (PyInferError, OSError, MemoryError) as error:
+        if signals.received is not None:
+            return _SIGNALLED + signals.received  # writing to a terminal that is gone fails, too
         if options["verbose"]:
             traceback.print_exc()
         _note(f"error: {error or type(error).__name__}")
@@ -189,10 +205,10 @@ _QUANT = click.Choice(list(QUANTS))
     show_default=True,
     help="powerinfer: a file that PowerInfer's own program loads, too.",
 )
-@click.option("--plain", is_flag=True, help="Keep ffn_down as llama.cpp reads it, also in sparse models.")
+@click.option("--plain", is_flag=True, help="For llama.cpp, also sparse models: ffn_down, no predictors.")
 @click.option("--requant", is_flag=True, help="SRC must be a GGUF file (which is seen without this, too).")
 @click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
-@click.option("--dry-run", is_flag=True, help="Only tell what would be written.")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be written, or why not.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each tensor gets its type; tracebacks.")
 @click.version_option(__version__, prog_name="pyinfer-convert")
@@ -202,6 +218,9 @@ def main(context: click.Context, **options: Any) -> None:
 
     Example: pyinfer-convert stories15M -o story.gguf --quant q4_0
     """
+    if options["plain"] and (options["predictor"] or options["format_"] == "powerinfer"):
+        other = "--predictor" if options["predictor"] else "--format powerinfer"
+        raise click.UsageError(f"--plain makes a file without predictors; leave out --plain or {other}")
     context.exit(_exit_code(options))
 
 

@@ -1,11 +1,17 @@
-"""Writing a large file: in the background, under another name until it is whole, never over another file."""
+"""Writing a large file: in the background, under another name until it is whole, never over another file.
+
+A link is followed, so that it stays and what it names is written. A process that is killed leaves its
+unfinished file; the next one that writes the same name removes it, if nobody holds its lock any more.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import queue
+import re
 import shutil
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,20 +22,51 @@ import numpy as np
 from pyinfer.errors import CapacityError, InputError
 from pyinfer.progress import format_amount
 
+try:
+    import fcntl
+except ImportError:  # on Windows a file that is open cannot be removed, which serves as well
+    fcntl = None
+
 BUFFERS = 3  # one being filled, one being written, one between
 SYNC_BYTES = 256 << 20  # so much is written before the disk is asked to keep it: it works while we compute
 
 _sync = getattr(os, "fdatasync", os.fsync)
 
 
+def behind_links(target: Path) -> Path:
+    """The file that is written: where a link leads to, so that the link stays. Raises InputError."""
+    if not target.is_symlink():
+        return target
+    found = Path(os.path.realpath(target))
+    if found.is_symlink():
+        raise InputError(f"{target}: this link leads back to itself; remove it or give another name")
+    return found
+
+
 def check_target(target: Path, sources: Sequence[Path], force: bool) -> None:
     """Raises InputError where a file must not or cannot be written."""
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    target = behind_links(target)
     if target.is_dir():
         raise InputError(f"{target}: this is a folder, expected the name of the file to be written")
-    if not target.exists():
-        return
+    if not target.parent.is_dir():
+        if target.parent.exists():
+            raise InputError(f"{target}: {target.parent} is a file, expected a folder")
+        raise InputError(f"{target}: the folder {target.parent} does not exist; make it first")
+    if target.exists():
+        _check_existing(target, sources, force)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{target}: cannot write there: the folder {target.parent} may not be written to; "
+            "give a name in another folder"
+        )
+
+
+def _check_existing(target: Path, sources: Sequence[Path], force: bool) -> None:
+    if not stat.S_ISREG(target.stat().st_mode):
+        raise InputError(
+            f"{target}: this is no regular file but a device, pipe or the like, expected the name of the "
+            "file to be written"
+        )
     # Replacing a file that is being read would be safe on Linux only.
     if any(target.samefile(each) for each in sources):
         raise InputError(f"{target} is the file to be read; give the output another name")
@@ -39,7 +76,9 @@ def check_target(target: Path, sources: Sequence[Path], force: bool) -> None:
 
 def check_space(target: Path, n_bytes: int) -> None:
     """Raises CapacityError where the disk cannot hold so much more."""
-    free = shutil.disk_usage(target.parent).free
+    target = behind_links(target)
+    # What killed runs have left goes before anything is written.
+    free = shutil.disk_usage(target.parent).free + sum(part.stat().st_size for part in _abandoned(target))
     if free < n_bytes:
         needed, found = format_amount(n_bytes, "bytes"), format_amount(free, "bytes")
         raise CapacityError(
@@ -52,22 +91,73 @@ def check_space(target: Path, n_bytes: int) -> None:
 def replacing(target: Path, force: bool) -> Iterator[BinaryIO]:
     """A file to write to that becomes `target` when the block ends well and vanishes when it does not.
 
-    A process that is killed leaves a file NAME.PID.part at most.
+    A process that is killed leaves a file NAME.PID.part at most, which the next one here removes.
     """
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        file = open(part, "xb", buffering=0)  # noqa: SIM115  closed before it is renamed
+        file = _create(part)
+    except FileExistsError as error:
+        raise InputError(
+            f"{target}: another process is writing it ({part.name}); wait for its end"
+        ) from error
     except OSError as error:
         raise InputError(f"{target}: cannot write there: {error.strerror}") from error
     try:
         with file:
             yield file
             os.fsync(file.fileno())
-        _publish(part, target, force)
+            if fcntl is not None:
+                _publish(part, target, force)  # still locked: nobody removes it before it has its name
+        if fcntl is None:
+            _publish(part, target, force)
     except OSError as error:
         raise CapacityError(f"{target}: writing failed: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _create(part: Path) -> BinaryIO:
+    """A new file, locked as long as it is open."""
+    while True:
+        file = open(part, "xb", buffering=0)  # noqa: SIM115  closed by the caller
+        if fcntl is None:
+            return file
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Between the two lines above another process may have taken it for abandoned.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+                return file
+        file.close()
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the unfinished files of runs that were killed while they wrote `target`."""
+    _abandoned(target, remove=True)
+
+
+def _abandoned(target: Path, *, remove: bool = False) -> list[Path]:
+    pattern = re.compile(re.escape(target.name) + r"\.\d+\.part")
+    try:
+        names = [name for name in os.listdir(target.parent) if pattern.fullmatch(name)]
+    except OSError:
+        return []  # a folder that may be written to but not read
+    return [part for part in map(target.with_name, names) if _is_abandoned(part, remove)]
+
+
+def _is_abandoned(part: Path, remove: bool) -> bool:
+    """Whether nobody writes this file any more. On Windows every file may be: those in use cannot go."""
+    try:
+        if not stat.S_ISREG(part.lstat().st_mode):
+            return False
+        with open(part, "r+b") if fcntl is not None else contextlib.nullcontext() as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if remove:
+                part.unlink()
+        return True
+    except OSError:
+        return False
 
 
 def _publish(part: Path, target: Path, force: bool) -> None:

@@ -20,7 +20,14 @@ from pyinfer.jit.team import Team
 from pyinfer.names import GGMLType
 from pyinfer.quants.blocks import quantize_rows
 from pyinfer.runtime.loader import default_threads
-from pyinfer_convert.output import BackgroundWriter, check_space, check_target, replacing
+from pyinfer_convert.output import (
+    BackgroundWriter,
+    behind_links,
+    check_space,
+    check_target,
+    remove_abandoned,
+    replacing,
+)
 from pyinfer_convert.recipe import Choice, Quant, Recipe
 from pyinfer_convert.sources import Source, SourceTensor
 from pyinfer_convert.writer import TensorEntry, aligned, header
@@ -122,6 +129,12 @@ def plan(
     return Plan(source, quant, planned, head, alignment)
 
 
+def check(plan: Plan, target: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Raises what `write` would raise about the target before it writes: InputError, CapacityError."""
+    check_target(Path(target), plan.source.files, force)
+    check_space(Path(target), plan.file_bytes)
+
+
 def write(
     plan: Plan,
     target: str | os.PathLike[str],
@@ -130,15 +143,15 @@ def write(
     n_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Write the file, which appears under its name only when it is complete.
+    """Write the file, which appears under its name only when it is complete. A link is followed and stays.
 
     force : replace an existing file;  progress : called with (bytes read, bytes to read)
     raises InputError (the target), CapacityError (no space), FormatError (weights that are not finite)
     """
-    target = Path(target)
     began = time.monotonic()
-    check_target(target, plan.source.files, force)
-    check_space(target, plan.file_bytes)
+    check(plan, target, force=force)
+    target = behind_links(Path(target))
+    remove_abandoned(target)
     team = Team(n_threads or default_threads())
     try:
         with replacing(target, force) as file:

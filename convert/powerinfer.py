@@ -124,6 +124,7 @@ class WithPredictors:
         self._source, self._predictors = source, predictors
         self.label, self.name = source.label, source.name
         self.files = [*source.files, *(file.path for file in predictors.files)]
+        self.notices = source.notices
 
     def metadata(self) -> dict[str, object]:
         found = self._source.metadata()

@@ -6,6 +6,7 @@ A source shows its tensors with the names, shapes and order of the new file and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,17 +20,19 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from pyinfer import names
-from pyinfer.errors import UnsupportedError
+from pyinfer.errors import FormatError, InputError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile, Tensor, open_gguf
 from pyinfer.models.checkpoint import TensorRule, bind, family_of, load
 from pyinfer.names import BLOCK, GGMLType
 from pyinfer_convert.checkpoint import Checkpoint, open_checkpoint
+from pyinfer_convert.hub import SMALL_FILES
 from pyinfer_convert.writer import read_encoded
 
 ACTIVATION = names.PYINFER_PREFIX + "activation"
 SPARSE = ("relu", "relu2", "drelu", "fatrelu")  # activations that are 0 for most neurons
 _FLOATS = {GGMLType.F32: np.dtype("<f4"), GGMLType.F16: np.dtype("<f2"), GGMLType.BF16: np.dtype("<u2")}
 _STORED = {"F32": GGMLType.F32, "F64": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
+_OF_CHECKPOINTS = (".safetensors", ".bin", ".json", ".pt", ".pth")
 _TILE = 64  # a square of 2-byte elements whose lines stay in the L1 cache
 
 Loader = Callable[[slice], np.ndarray]
@@ -67,11 +70,14 @@ class SourceTensor:
 
 
 class Source(Protocol):
-    """label : for messages;  name : of the model;  files : what must not be overwritten."""
+    """label : for messages;  name : of the model;  files : what must not be overwritten
+    notices : sentences that a person should read, of what is left out
+    """
 
     label: str
     name: str
     files: list[Path]
+    notices: list[str]
 
     def metadata(self) -> dict[str, object]: ...
     def tensors(self) -> list[SourceTensor]: ...
@@ -86,23 +92,50 @@ def open_source(
 ) -> Source:
     """A GGUF file, the folder of a checkpoint, or `organisation/name` of Hugging Face.
 
-    plain : keep ffn_down as llama.cpp has it, also where the activation is sparse
+    plain : ffn_down as llama.cpp has it, also where the activation is sparse, and no predictors
     progress : called with (done_bytes, total_bytes) during a download
     """
+    if not os.fspath(path_or_repo):
+        raise InputError("the source is empty, expected a folder, organisation/name, or a GGUF file")
     path = Path(path_or_repo)
     if path.is_file() or path.suffix == ".gguf":
-        return GGUFSource(open_gguf(path))
-    return CheckpointSource(open_checkpoint(path_or_repo, progress=progress), plain=plain)
+        _check_no_checkpoint(path)
+        return GGUFSource(open_gguf(path), plain=plain)
+    checkpoint = open_checkpoint(path_or_repo, progress=progress)
+    source = CheckpointSource(checkpoint, plain=plain)
+    source.notices += checkpoint.notices
+    return source
+
+
+def _check_no_checkpoint(path: Path) -> None:
+    """Raises FormatError for a single file of a checkpoint, of which the folder is meant."""
+    if path.suffix not in _OF_CHECKPOINTS and path.name not in SMALL_FILES:
+        return
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError:
+        return  # said by whoever opens the model
+    if magic in (names.MAGIC, names.MAGIC_POWERINFER):
+        return
+    raise FormatError(
+        f"{path}: this is one file of a checkpoint, expected the folder with all of them; "
+        f"give {path.absolute().parent}"
+    )
 
 
 class GGUFSource:
-    """The tensors of a GGUF, to be written with other types."""
+    """The tensors of a GGUF, to be written with other types.
 
-    def __init__(self, file: GGUFFile) -> None:
-        self._file = file
+    plain : down matrices as llama.cpp has them, no predictors; as a plain checkpoint's
+    """
+
+    def __init__(self, file: GGUFFile, *, plain: bool = False) -> None:
+        self._file, self._plain = file, plain
         self.label = file.path.name
         self.name = file.path.stem
         self.files = [file.path]
+        self.notices: list[str] = []
 
     def metadata(self) -> dict[str, object]:
         """All keys with their types on disk, but those of a split file."""
@@ -111,10 +144,19 @@ class GGUFSource:
             found[names.ALIGNMENT] = self._file.metadata[names.ALIGNMENT]
         if self._file.powerinfer and self._file.architecture != "bamboo":
             found.setdefault(ACTIVATION, "relu")  # what the magic PWRI says, and the new file's will not
+        if self._plain:
+            found.pop(names.POWERINFER_SPARSE_THRESHOLD, None)
         return {key: value for key, value in found.items() if not key.startswith("split.")}
 
     def tensors(self) -> list[SourceTensor]:
-        return [self._show(tensor) for tensor in self._file.tensors.values()]
+        found = [self._show(tensor) for tensor in self._file.tensors.values()]
+        if not self._plain:
+            return found
+        return [
+            _renamed(each, names.FFN_DOWN_T, names.FFN_DOWN)
+            for each in found
+            if not re.fullmatch(rf"blk\.\d+\.({names.FC1}|{names.FC2})\.\w+", each.name)
+        ]
 
     def _show(self, tensor: Tensor) -> SourceTensor:
         rows = tensor.data.reshape(tensor.rows, -1)
@@ -151,6 +193,7 @@ class CheckpointSource:
         self._family = family_of(checkpoint.config)
         self.label = checkpoint.path.name
         self.name = _model_name(checkpoint)
+        self.notices: list[str] = []
         folder = checkpoint.path
         self.files = [each for each in folder.iterdir() if each.is_file()] if folder.is_dir() else []
         self._plain = plain
@@ -177,16 +220,10 @@ class CheckpointSource:
         """Raises FormatError for a missing tensor or a wrong shape, UnsupportedError for one too many."""
         config = self._checkpoint.config
         by_neuron = not self._plain and _is_sparse(self._family, self._family.metadata(config))
-        found = []
-        for rule in self._rules:
-            tensor = self._show(rule)
-            parts = tensor.name.split(".")
-            if by_neuron and parts[-2] == names.FFN_DOWN:
-                parts[-2] = names.FFN_DOWN_T
-                tensor = _transposed(tensor) if len(tensor.shape) == 2 else tensor
-                tensor = replace(tensor, name=".".join(parts))
-            found.append(tensor)
-        return found
+        found = [self._show(rule) for rule in self._rules]
+        if not by_neuron:
+            return found
+        return [_renamed(each, names.FFN_DOWN, names.FFN_DOWN_T) for each in found]
 
     def _show(self, rule: TensorRule) -> SourceTensor:
         checkpoint, held = self._checkpoint, _Held()
@@ -229,8 +266,17 @@ class _Held:
         return whole
 
 
+def _renamed(tensor: SourceTensor, old: str, new: str) -> SourceTensor:
+    """ffn_down as ffn_down_t and back: transposed where it is a matrix; others as they are."""
+    parts = tensor.name.split(".")
+    if len(parts) < 2 or parts[-2] != old:
+        return tensor
+    parts[-2] = new
+    return replace(_transposed(tensor) if len(tensor.shape) == 2 else tensor, name=".".join(parts))
+
+
 def _transposed(tensor: SourceTensor) -> SourceTensor:
-    """ffn_down as it is used neuron by neuron: one row is one neuron."""
+    """Rows for columns. Of ffn_down_t, as it is used neuron by neuron, one row is one neuron."""
     held = _Held()
 
     def load_rows(part: slice) -> np.ndarray:
@@ -242,7 +288,7 @@ def _transposed(tensor: SourceTensor) -> SourceTensor:
                 out[j : j + _TILE, i : i + _TILE] = given[i : i + _TILE, j : j + _TILE].T
         return out
 
-    return SourceTensor(tensor.name, tensor.shape[::-1], tensor.type, load_rows)
+    return replace(tensor, shape=tensor.shape[::-1], load=load_rows, raw=None)
 
 
 def _is_sparse(family: ModuleType, metadata: dict[str, object]) -> bool:

@@ -1,4 +1,5 @@
-"""Files of torch.save (pytorch_model.bin, *.pt): a zip archive with one pickle and one member per storage.
+"""Files of torch.save (pytorch_model.bin, *.pt): a zip archive with one pickle and one member per storage, or
+the format before that, which torch_legacy reads.
 
 The pickle is read by torch_pickle, which executes nothing; the tensors are mapped where they lie, since
 torch stores its members uncompressed.
@@ -14,10 +15,11 @@ import zipfile
 from math import prod
 from pathlib import Path
 
-from pyinfer.errors import FormatError, PyInferError, UnsupportedError
+from pyinfer.errors import FormatError, UnsupportedError
 from pyinfer.gguf_metadata import quoted
 from pyinfer_convert.tensor_file import DTYPES, StoredTensor, TensorFile, is_shape, map_file, stored_bytes
-from pyinfer_convert.torch_pickle import MAX_PICKLE_BYTES, Rebuilt, read_pickle
+from pyinfer_convert.torch_legacy import Legacy, is_legacy
+from pyinfer_convert.torch_pickle import MAX_PICKLE_BYTES, Rebuilt, Storage, read_pickle
 
 _MAX_DIRECTORY_BYTES = 64 << 20
 _LOCAL_HEADER_BYTES = 30
@@ -28,11 +30,12 @@ def open_torch_file(path: Path) -> TensorFile:
     """Open a file of torch.save that holds a tensor, or a dictionary of tensors by name.
 
     A bare tensor gets the name "". What is not a tensor in the dictionary is left out.
-    raises FormatError, UnsupportedError (refused globals by module and name, old formats), ModelNotFoundError
+    raises FormatError, UnsupportedError (refused globals by module and name), ModelNotFoundError
     """
     file_map = map_file(path, "a file of torch.save")
     try:
-        return TensorFile(path, file_map, _Archive(path.name, file_map).tensors())
+        kind = Legacy if is_legacy(file_map[:32]) else _Archive
+        return TensorFile(path, file_map, _tensors(kind(path.name, file_map)))
     except BaseException:
         file_map.close()
         raise
@@ -69,7 +72,7 @@ class _Archive:
     def __init__(self, file: str, file_map: mmap.mmap):
         self.file, self.map = file, file_map
         if file_map[:4] != b"PK\x03\x04":
-            raise self._not_a_zip()
+            raise FormatError(f"{file}: begins with {file_map[:4]!r}, expected a zip archive of torch.save")
         try:
             members = zipfile.ZipFile(_MapReader(file_map)).infolist()
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
@@ -81,69 +84,22 @@ class _Archive:
             raise FormatError(f"{file}: the archive has {len(pickles)} members data.pkl, expected one")
         self.folder = pickles[0].removesuffix("data.pkl")
         self.members = {each.filename: each for each in members}
-
-    def _not_a_zip(self) -> PyInferError:
-        start = self.map[:32]
-        if start[:1] == b"\x80" and b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19." in start:
-            return UnsupportedError(
-                f"{self.file}: has the format of torch before 1.6, expected its zip format; {_SAVE_AGAIN}"
-            )
-        return FormatError(f"{self.file}: begins with {start[:4]!r}, expected a zip archive of torch.save")
-
-    def tensors(self) -> dict[str, StoredTensor]:
         order = self.folder + "byteorder"
         if order in self.members and self._content(order, 64) != b"little":
             raise UnsupportedError(f"{self.file}: big endian, expected a little-endian file; {_SAVE_AGAIN}")
         data = self._content(self.folder + "data.pkl", MAX_PICKLE_BYTES)
-        found = read_pickle(data, f"{self.file}: data.pkl")
-        if isinstance(found, Rebuilt):
-            found = {"": found}
-        if not isinstance(found, dict):
-            raise FormatError(
-                f"{self.file}: holds a {type(found).__name__}, expected a dictionary of tensors; "
-                f"{_SAVE_AGAIN}"
-            )
-        rebuilt = {name: each for name, each in found.items() if isinstance(each, Rebuilt)}
-        for name in rebuilt:
-            if type(name) is not str:
-                raise FormatError(f"{self.file}: a tensor's name is {_shown(name)}, expected a text")
-        return {name: self._tensor(name, each) for name, each in rebuilt.items()}
+        self.found = read_pickle(data, f"{self.file}: data.pkl")
 
-    def _tensor(self, name: str, tensor: Rebuilt) -> StoredTensor:
-        where = f"{self.file}: tensor {quoted(name)}"
-        shape, stride, offset, storage = tensor.shape, tensor.stride, tensor.offset, tensor.storage
-        if not isinstance(shape, tuple) or not is_shape(shape):
-            raise FormatError(f"{where} has shape {_shown(shape)}, expected whole numbers")
-        if type(offset) is not int or offset < 0:
-            raise FormatError(f"{where} has offset {_shown(offset)}, expected a whole number")
-        steps = [prod(shape[number + 1 :]) for number in range(len(shape))]
-        if (
-            not isinstance(stride, tuple)
-            or len(stride) != len(shape)
-            or any(
-                size > 1 and 0 not in shape and found != step
-                for size, found, step in zip(shape, stride, steps)
-            )
-        ):
-            raise UnsupportedError(
-                f"{where} of shape {list(shape)} has strides {_shown(stride)}, expected {steps}: "
-                f"its elements do not follow one another; {_SAVE_AGAIN}"
-            )
-        itemsize = DTYPES[storage.dtype][0] // 8
+    def place(self, storage: Storage, where: str) -> int:
+        """First byte of a storage, all of which is in the file; `where` begins the error."""
         start, nbytes = self._place(self.folder + "data/" + storage.key, where)
-        if nbytes != storage.elements * itemsize:
+        expected = storage.elements * DTYPES[storage.dtype][0] // 8
+        if nbytes != expected:
             raise FormatError(
                 f"{where}: its storage data/{quoted(storage.key)} has {nbytes} bytes, "
-                f"expected {storage.elements * itemsize} ({storage.elements} x {storage.dtype})"
+                f"expected {expected} ({storage.elements} x {storage.dtype})"
             )
-        tensor_bytes = stored_bytes(storage.dtype, shape)
-        last = offset + tensor_bytes // itemsize
-        if last > storage.elements:
-            raise FormatError(
-                f"{where} of shape {list(shape)} takes elements {offset} to {last} of its storage, "
-                f"which has {storage.elements}"
-            )
-        return StoredTensor(name, storage.dtype, shape, start + offset * itemsize, tensor_bytes)
+        return start
 
     def _content(self, member: str, most_bytes: int) -> bytes:
         start, nbytes = self._place(member, f"{self.file}: {quoted(member)}")
@@ -180,6 +136,52 @@ class _Archive:
                 f"{len(self.map)} bytes; it was cut off, fetch it again"
             )
         return start, info.file_size
+
+
+def _tensors(file: _Archive | Legacy) -> dict[str, StoredTensor]:
+    found = file.found
+    if isinstance(found, Rebuilt):
+        found = {"": found}
+    if not isinstance(found, dict):
+        raise FormatError(
+            f"{file.file}: holds a {type(found).__name__}, expected a dictionary of tensors; {_SAVE_AGAIN}"
+        )
+    rebuilt = {name: each for name, each in found.items() if isinstance(each, Rebuilt)}
+    for name in rebuilt:
+        if type(name) is not str:
+            raise FormatError(f"{file.file}: a tensor's name is {_shown(name)}, expected a text")
+    return {name: _tensor(file, name, each) for name, each in rebuilt.items()}
+
+
+def _tensor(file: _Archive | Legacy, name: str, tensor: Rebuilt) -> StoredTensor:
+    where = f"{file.file}: tensor {quoted(name)}"
+    shape, stride, offset, storage = tensor.shape, tensor.stride, tensor.offset, tensor.storage
+    if not isinstance(shape, tuple) or not is_shape(shape):
+        raise FormatError(f"{where} has shape {_shown(shape)}, expected whole numbers")
+    if type(offset) is not int or offset < 0:
+        raise FormatError(f"{where} has offset {_shown(offset)}, expected a whole number")
+    steps = [prod(shape[number + 1 :]) for number in range(len(shape))]
+    if (
+        not isinstance(stride, tuple)
+        or len(stride) != len(shape)
+        or any(
+            size > 1 and 0 not in shape and found != step for size, found, step in zip(shape, stride, steps)
+        )
+    ):
+        raise UnsupportedError(
+            f"{where} of shape {list(shape)} has strides {_shown(stride)}, expected {steps}: "
+            f"its elements do not follow one another; {_SAVE_AGAIN}"
+        )
+    start = file.place(storage, where)
+    itemsize = DTYPES[storage.dtype][0] // 8
+    tensor_bytes = stored_bytes(storage.dtype, shape)
+    last = offset + tensor_bytes // itemsize
+    if last > storage.elements:
+        raise FormatError(
+            f"{where} of shape {list(shape)} takes elements {offset} to {last} of its storage, "
+            f"which has {storage.elements}"
+        )
+    return StoredTensor(name, storage.dtype, shape, start + offset * itemsize, tensor_bytes)
 
 
 def _shown(value: object) -> str:

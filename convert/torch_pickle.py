@@ -1,7 +1,7 @@
 """The pickle inside a file of torch.save, read without the pickle module: nothing in it can be executed.
 
 A small stack machine knows the instructions that describe tensors in dictionaries and refuses all others. A
-global of the pickle never becomes a Python object; it stays a name, and four names mean something here.
+global of the pickle never becomes a Python object; it stays a name, and a few names mean something here.
 
 Source: CPython's pickletools (instructions); torch.serialization and torch._utils (what the names mean).
 """
@@ -32,12 +32,16 @@ STORAGES = {
 }
 _REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_PARAMETER = ("torch._utils", "_rebuild_parameter")
+# Of tensors with attributes of their own, which are left out; the types are never made either.
+_REBUILD_FROM_TYPE = ("torch._tensor", "_rebuild_from_type_v2")
+_TENSOR_TYPES = (("torch", "Tensor"), ("torch.nn.parameter", "Parameter"))
 _ORDERED_DICT = ("collections", "OrderedDict")
+_KNOWN = (_REBUILD_TENSOR, _REBUILD_PARAMETER, _REBUILD_FROM_TYPE, _ORDERED_DICT, *_TENSOR_TYPES)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Elements in the archive's member data/<key>."""
+    """Elements in the archive's member data/<key>, or behind the pickles of the older format."""
 
     dtype: str
     key: str
@@ -54,6 +58,15 @@ class Rebuilt:
     stride: object
 
 
+@dataclass(frozen=True)
+class Pickles:
+    """What several pickles describe: their values, all storages they name, and the place behind the last."""
+
+    values: list[object]
+    storages: dict[str, Storage]
+    stop: int
+
+
 class _Mark:
     pass
 
@@ -67,9 +80,14 @@ def read_pickle(data: bytes, where: str) -> object:
     where : file and member, for errors
     raises UnsupportedError (names module and name, or the instruction, that is refused), FormatError
     """
+    return read_pickles(data, where, 1).values[0]
+
+
+def read_pickles(data: bytes, where: str, count: int) -> Pickles:
+    """`count` pickles that follow one another from the beginning of `data`. Raises as `read_pickle`."""
     machine = _Machine(data, where)
     try:
-        return machine.run()
+        return Pickles([machine.run() for _ in range(count)], machine.storages, machine.at)
     except (struct.error, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
@@ -85,8 +103,10 @@ class _Machine:
         self.at = 0
         self.stack: list[object] = []
         self.memo: dict[int, object] = {}
+        self.storages: dict[str, Storage] = {}
 
     def run(self) -> object:
+        self.stack, self.memo = [], {}
         while True:
             code = self.data[self.at]
             self.at += 1
@@ -152,8 +172,7 @@ class _Machine:
         """A global: pushed as the pair of its names if it is one of the few that describe tensors."""
         if type(module) is not str or type(name) is not str:
             raise ValueError
-        known = (module, name) in (_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT)
-        if not known and not (module == "torch" and name in STORAGES):
+        if (module, name) not in _KNOWN and not (module == "torch" and name in STORAGES):
             raise UnsupportedError(
                 f"{self.where}: the pickle asks for {quoted(f'{module}.{name}')}, which is not one of the "
                 "names that plain tensors need; it is refused and nothing was executed, get the model as "
@@ -170,18 +189,36 @@ class _Machine:
             self.stack.append({})
         elif pair == _REBUILD_PARAMETER and len(arguments) == 3 and isinstance(arguments[0], Rebuilt):
             self.stack.append(arguments[0])
-        elif pair == _REBUILD_TENSOR and 6 <= len(arguments) <= 7 and isinstance(arguments[0], Storage):
-            self.stack.append(Rebuilt(*arguments[:4]))
+        elif pair == _REBUILD_TENSOR:
+            self.stack.append(_rebuilt(arguments))
+        elif pair == _REBUILD_FROM_TYPE and len(arguments) == 4:
+            self.stack.append(self.from_type(*arguments))
         else:
             raise ValueError
 
+    def from_type(self, function: object, kind: object, arguments: object, state: object) -> Rebuilt:
+        """The tensor of a tensor with attributes; all that may be asked for is a plain one."""
+        for found, known in ((function, (_REBUILD_TENSOR,)), (kind, _TENSOR_TYPES)):
+            if not isinstance(found, _Name) or (found.module, found.name) not in known:
+                said = f"{found.module}.{found.name}" if isinstance(found, _Name) else type(found).__name__
+                raise UnsupportedError(
+                    f"{self.where}: the pickle asks for a tensor made by {quoted(said)}, expected "
+                    f"{' or '.join(map('.'.join, known))}; it is refused and nothing was executed, get the "
+                    "model as safetensors"
+                )
+        if not isinstance(arguments, tuple) or not isinstance(state, dict):
+            raise ValueError
+        return _rebuilt(arguments)
+
     def storage(self) -> None:
-        kind, storage, key, _, elements = self.stack.pop()  # type: ignore[misc]
+        kind, storage, key, _, elements, *view = self.stack.pop()  # type: ignore[misc]
         if kind != "storage" or not isinstance(storage, _Name) or storage.name not in STORAGES:
             raise ValueError
-        if type(key) is not str or type(elements) is not int or elements < 0:
+        if type(key) is not str or type(elements) is not int or elements < 0 or view not in ([], [None]):
             raise ValueError
-        self.stack.append(Storage(STORAGES[storage.name], key, elements))
+        found = Storage(STORAGES[storage.name], key, elements)
+        self.storages.setdefault(key, found)
+        self.stack.append(found)
 
     def build(self) -> None:
         """State of an object: only the notes that torch keeps beside a dictionary of tensors."""
@@ -194,6 +231,12 @@ class _Machine:
 class _Name:
     module: str
     name: str
+
+
+def _rebuilt(arguments: tuple[object, ...]) -> Rebuilt:
+    if not 6 <= len(arguments) <= 7 or not isinstance(arguments[0], Storage):
+        raise ValueError
+    return Rebuilt(*arguments[:4])
 
 
 _STEPS: dict[int, Callable[[_Machine], object]] = {

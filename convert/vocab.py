@@ -87,6 +87,12 @@ class _Builder:
                 scored.add_space_prefix = False
             return scored
         vocab, merges = checkpoint.json("vocab.json"), checkpoint.bytes("merges.txt")
+        if (vocab is None) != (merges is None):
+            there, missing = ("vocab.json", "merges.txt")[:: 1 if merges is None else -1]
+            raise FormatError(
+                f"{checkpoint.path}: the folder has {there} but no {missing}, and a tokenizer of byte pairs "
+                f"needs both; fetch {missing} too, or tokenizer.json"
+            )
         if vocab is None or merges is None:
             raise FormatError(
                 f"{checkpoint.path}: the folder has no tokenizer, expected tokenizer.json, tokenizer.model, "

@@ -15,7 +15,16 @@ from pyinfer_convert.checkpoint import open_checkpoint
 from pyinfer_convert.vocab import tokenizer_metadata
 
 _NAMES = {"f4": "F32", "f2": "F16", "f8": "F64", "i8": "I64", "u1": "U8"}
-_STORAGES = {"f4": "FloatStorage", "f2": "HalfStorage", "f8": "DoubleStorage", "i8": "LongStorage"}
+_STORAGES = {
+    "f4": "FloatStorage",
+    "f2": "HalfStorage",
+    "f8": "DoubleStorage",
+    "i8": "LongStorage",
+    "i4": "IntStorage",
+    "u1": "ByteStorage",
+    "b1": "BoolStorage",
+    "u2": "BFloat16Storage",
+}
 
 
 def safetensors(tensors: Mapping[str, np.ndarray], header: dict | None = None, **changes: dict) -> bytes:
@@ -38,14 +47,57 @@ def torch_pickle(tensors: Mapping[str, np.ndarray], **changes: object) -> bytes:
     """The pickle of a dictionary of tensors; changes: offset, stride or elements of every tensor."""
     out = b"\x80\x02}"
     for number, (name, array) in enumerate(tensors.items()):
-        stride = changes.get("stride", tuple(step // array.itemsize for step in array.strides))
-        out += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((" + _text("storage")
         out += (
-            b"ctorch\n" + _STORAGES[array.dtype.str[1:]].encode() + b"\n" + _text(str(number)) + _text("cpu")
+            _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n" + _arguments(number, array, changes) + b"Rs"
         )
-        out += _number(changes.get("elements", array.size)) + b"tQ" + _number(changes.get("offset", 0))
-        out += _tuple(array.shape) + _tuple(stride) + b"\x89ccollections\nOrderedDict\n)RtRs"
     return out + b"."
+
+
+def torch_tensor_pickle(array: np.ndarray, *, view: bytes = b"") -> bytes:
+    """The pickle of one tensor; view: pickled, what the older format has behind a storage."""
+    rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    return b"\x80\x02" + rebuild + _arguments(0, array, {}, view) + b"R."
+
+
+def torch_typed_pickle(
+    array: np.ndarray,
+    function: bytes = b"ctorch._utils\n_rebuild_tensor_v2\n",
+    kind: bytes = b"ctorch\nTensor\n",
+    state: bytes = b"}",
+    *,
+    arguments: bytes | None = None,
+) -> bytes:
+    """The pickle of {"x": a tensor with attributes}; all but the first: instructions in place of the right
+    ones.
+    """
+    given = _arguments(0, array, {}) if arguments is None else arguments
+    typed = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + function + kind + given + state + b"tR"
+    return b"\x80\x02}" + _text("x") + typed + b"s."
+
+
+def _arguments(number: int, array: np.ndarray, changes: Mapping[str, object], view: bytes = b"") -> bytes:
+    """What a tensor is rebuilt from: storage, offset, shape, stride, no gradient, no hooks."""
+    stride = changes.get("stride", tuple(step // array.itemsize for step in array.strides))
+    out = b"((" + _text("storage") + b"ctorch\n" + _STORAGES[array.dtype.str[1:]].encode() + b"\n"
+    out += _text(str(number)) + _text("cpu") + _number(changes.get("elements", array.size)) + view + b"tQ"
+    out += _number(changes.get("offset", 0)) + _tuple(array.shape) + _tuple(stride)
+    return out + b"\x89ccollections\nOrderedDict\n)Rt"
+
+
+def torch_legacy_file(array: np.ndarray, **changes: bytes) -> bytes:
+    """One tensor in torch's format before 1.6; changes: of the pickles version, machine, tensor and keys, of
+    the count of elements in front of the data, or of the data.
+    """
+    parts = {
+        "magic": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",
+        "version": b"\x80\x02M\xe9\x03.",
+        "machine": b"\x80\x02}" + _text("little_endian") + b"\x88s.",
+        "tensor": torch_tensor_pickle(array, view=b"N"),
+        "keys": b"\x80\x02]" + _text("0") + b"a.",
+        "count": struct.pack("<q", array.size),
+        "data": array.tobytes(),
+    }
+    return b"".join({**parts, **changes}.values())
 
 
 def torch_file(

@@ -81,7 +81,7 @@ def test_the_reference_chooses_as_llama_cpp(exact):
 
 
 def test_unrounded_weights_choose_as_llama_cpp(smollm2_path, exact, tmp_path):
-    """The same weights in float32, whose kernels do not round activations: only the cache holds halves."""
+    """The same weights in float32, whose kernels round neither activations nor what the cache holds."""
     path = tmp_path / "f32.gguf"
     requantize(smollm2_path, path, GGMLType.F32)
     with load_model(path) as made:

@@ -37,8 +37,14 @@ def main(folder: Path) -> None:
     torch.save(torch.nn.Linear(3, 2).state_dict(), folder / "linear.bin")
     torch.save(torch.arange(7), folder / "tensor.pt")
     torch.save({"weight": base.reshape(4, 6).T}, folder / "transposed.bin")
+    noted = base[:6].reshape(2, 3).clone()
+    noted.note, noted.number = {"kind": "none"}, 1.5  # pickled as another form of the same tensor
+    torch.save({"plain": base, "noted": noted}, folder / "attributes.bin")
     torch.save(torch.nn.Linear(3, 2), folder / "module.bin")
-    torch.save({"weight": base}, folder / "legacy.bin", _use_new_zipfile_serialization=False)
+    older = {"_use_new_zipfile_serialization": False}
+    torch.save({"weight": base}, folder / "legacy.bin", **older)
+    torch.save(state, folder / "legacy_state.bin", **older)
+    torch.save(torch.arange(7), folder / "legacy_tensor.pt", pickle_protocol=4, **older)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import click
 import numpy as np
 
 from pyinfer import names
-from pyinfer.cpu.attention import head_bytes
+from pyinfer.cpu.attention import element_bytes_of, head_bytes
 from pyinfer.cpu.weights import Matrix
 from pyinfer.models import opt
 from pyinfer.models.checkpoint import family_of
@@ -91,15 +91,17 @@ def weight_bytes(entries: list[TensorEntry]) -> int:
     return found
 
 
-def cache_bytes(config: Mapping[str, Any], n_ctx: int) -> int:
-    """Bytes of the KV cache of one sequence of n_ctx tokens."""
+def cache_bytes(config: Mapping[str, Any], entries: list[TensorEntry], n_ctx: int) -> int:
+    """Bytes of the KV cache of one sequence of n_ctx tokens beside these weights."""
     metadata = family_of(config).metadata(config)
 
     def size(template: str) -> int | None:
         return metadata.get(names.key(template, str(metadata[names.ARCHITECTURE])))
 
     head_size = size(names.KEY_LENGTH) or size(names.EMBEDDING_LENGTH) // size(names.HEAD_COUNT)
-    return 2 * size(names.BLOCK_COUNT) * size(names.HEAD_COUNT_KV) * head_bytes(head_size, n_ctx)
+    element_bytes = element_bytes_of({each.name: each.type for each in entries if len(each.shape) > 1})
+    heads = size(names.BLOCK_COUNT) * size(names.HEAD_COUNT_KV)
+    return 2 * heads * head_bytes(head_size, n_ctx, element_bytes)
 
 
 def sizes(config: Mapping[str, Any], quant_name: str) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def sizes(config: Mapping[str, Any], quant_name: str) -> tuple[int, int]:
     learned = [each.shape[0] - opt.FIRST_POSITION for each in entries if each.name == position_embd]
     n_ctx = min([N_CTX, *learned])  # learned positions are as many as there are; others go on
     vectors = sum(4 * PANEL_ROWS * panels_of(prod(each.shape)) for each in entries if len(each.shape) == 1)
-    memory = weight_bytes(entries) + vectors + cache_bytes(config, n_ctx) + PROGRAM_BYTES
+    memory = weight_bytes(entries) + vectors + cache_bytes(config, entries, n_ctx) + PROGRAM_BYTES
     return sum(entry.nbytes for entry in entries), memory
 
 

@@ -25,7 +25,8 @@ def store(lowering: Lowering, op: Op, position: int) -> None:
     operands[attention.V : attention.V + 3] = v.address, v.stride, v.private
     operands[attention.HEAD_SIZE] = op.inputs[0].width // op.params["kv_heads"]
     cache = Buffer(0, 0, 0, 0)  # stands for the cache of the layer: attention must wait for it
-    lowering.emit(attention.store, operands, ("store", op.params["kv_heads"]), STATIC, [k, v], cache)
+    kernel, items = attention.store(lowering.machine.element_bytes), ("store", op.params["kv_heads"])
+    lowering.emit(kernel, operands, items, STATIC, [k, v], cache)
     lowering.stored = cache
 
 
@@ -47,9 +48,8 @@ def attend(lowering: Lowering, op: Op, position: int) -> None:
     few, many = TILES[level.get()]
     tile = many if lowering.tile[ROWS] == many or group > few else few if group > 1 else 1
     mode = STATIC if lowering.single else DYNAMIC
-    lowering.emit(
-        attention.attend(tile), operands, ("attend", params["kv_heads"]), mode, [q, lowering.stored], out
-    )
+    kernel, items = attention.attend(tile, lowering.machine.element_bytes), ("attend", params["kv_heads"])
+    lowering.emit(kernel, operands, items, mode, [q, lowering.stored], out)
 
 
 def _attention_operands(lowering: Lowering, op: Op) -> np.ndarray:

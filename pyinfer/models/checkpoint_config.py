@@ -166,13 +166,39 @@ def activation_keys(activation: str, usual: str) -> dict[str, object]:
     return {} if activation == usual else {ACTIVATION: activation}
 
 
+def check_rope_scaling(config: Config, parameters: Mapping[str, Any]) -> None:
+    """Raises FormatError where the elder rope_scaling is there too and says something else."""
+    scaling = config.values.get("rope_scaling")
+    if not scaling:
+        return
+    one, other = _scaling_of(parameters), _scaling_of(scaling) if isinstance(scaling, Mapping) else None
+    if other is not None:
+        # Elder files have these two beside rope_scaling, not in it.
+        for key in ("rope_theta", "partial_rotary_factor"):
+            one[key], other[key] = one.get(key, other.get(key)), other.get(key, one.get(key))
+    if one != other:
+        raise FormatError(
+            f"config.json: rope_scaling is {str(scaling)[:200]}, but rope_parameters is "
+            f"{str(dict(parameters))[:200]}; remove the one that is wrong"
+        )
+
+
+def _scaling_of(rope: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in rope.items() if key != "type" and value is not None}
+    return found | {"rope_type": rope.get("rope_type", rope.get("type")) or "default"}
+
+
 def rope_parameters(config: Config, default_base: float = 10000.0) -> dict[str, Any]:
-    """rope_type, rope_theta and what belongs to the type, from either spelling of config.json."""
+    """rope_type, rope_theta and what belongs to the type, from either spelling of config.json.
+
+    raises FormatError where there are both and they contradict each other
+    """
     given = config.values.get("rope_parameters")
     if given is None:
         given = config.values.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise FormatError(f"config.json: rope_parameters is {given!r}, expected an object")
+    check_rope_scaling(config, given)
     base = config.number("rope_theta", default=default_base, low=1.0, high=1e12)
     merged = {"rope_theta": base, **given}
     merged["rope_type"] = given.get("rope_type", given.get("type")) or "default"

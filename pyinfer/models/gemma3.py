@@ -23,6 +23,7 @@ from pyinfer.models.checkpoint_config import (
     Sizes,
     activation_keys,
     add_rope_factors,
+    check_rope_scaling,
     keys_of,
     read_sizes,
     rope_keys,
@@ -145,6 +146,8 @@ def _ropes(values: Config) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         base = values.number("rope_local_base_freq", default=LOCAL_FREQ_BASE, low=1.0, high=1e12)
         pair = ({"rope_theta": base}, given or values.values.get("rope_scaling") or {})
+    if isinstance(pair[1], Mapping):
+        check_rope_scaling(values, pair[1])
     theta = values.number("rope_theta", default=1e6, low=1.0, high=1e12)
     local, everywhere = (
         rope_parameters(Config({"rope_parameters": each}), default_base=default)

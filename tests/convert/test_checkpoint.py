@@ -164,6 +164,11 @@ REFUSED = {
         UnsupportedError,
         r"this is a LoRA adapter of meta-llama/Llama-2-7b-hf, not a model; merge it into that model first",
     ),
+    "a LoRA adapter without its configuration": (
+        {"adapter_model.safetensors": safetensors(ONE)},
+        UnsupportedError,
+        r"this is a LoRA adapter of another model, not a model",
+    ),
     "GGUF files": (
         {"model.gguf": b"GGUF", "config.json": CONFIG},
         FormatError,
@@ -197,9 +202,19 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(tmp_path: Path, files,
     assert "\n" not in str(raised.value) and isinstance(raised.value, PyInferError)
 
 
+def test_an_adapter_beside_the_weights_is_noticed(tmp_path: Path) -> None:
+    with open_checkpoint(write_folder(tmp_path / "plain", WHOLE)) as checkpoint:
+        assert checkpoint.notices == []
+    for name in ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"):
+        folder = write_folder(tmp_path / name, {**WHOLE, name: b"never opened"})
+        with open_checkpoint(folder) as checkpoint:
+            (notice,) = checkpoint.notices
+            assert f"({name}) is not merged" in notice and "\n" not in notice
+
+
 def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, WHOLE)
-    with pytest.raises(FormatError, match="this is a file, expected the folder of a checkpoint"):
+    with pytest.raises(FormatError, match=r"this is a file, expected the folder .*; give .*"):
         open_checkpoint(tmp_path / "model.safetensors")
     with pytest.raises(
         ModelNotFoundError, match="no such folder, expected a checkpoint's folder or organisation/name"

@@ -34,7 +34,7 @@ class Fake:
     label, name = "fake", "fake"
 
     def __init__(self, **arrays):
-        self.files = []
+        self.files, self.notices = [], []
         self.arrays = {name.replace("__", "."): array for name, array in arrays.items()}
         self.loaded, self.closed = [], False
 
@@ -182,6 +182,8 @@ def test_a_process_that_dies_leaves_no_file_of_that_name(tmp_path):
     assert subprocess.run(command, timeout=120).returncode == 9
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 1 and left[0].startswith("out.gguf.") and left[0].endswith(".part")
+    made(model(), tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
 
 
 def test_a_model_without_tensors_is_refused():

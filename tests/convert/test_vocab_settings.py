@@ -164,7 +164,16 @@ REFUSED = {
         FormatError,
         r"the folder has no tokenizer, expected tokenizer\.json, tokenizer\.model, or",
     ),
-    "no merges.txt": ({"vocab.json": {"a": 0}}, FormatError, r"the folder has no tokenizer"),
+    "no merges.txt": (
+        {"vocab.json": {"a": 0}},
+        FormatError,
+        r"the folder has vocab\.json but no merges\.txt, .*; fetch merges\.txt too",
+    ),
+    "no vocab.json": (
+        {"merges.txt": "a b"},
+        FormatError,
+        r"the folder has merges\.txt but no vocab\.json, .*; fetch vocab\.json too",
+    ),
     "no merges": ({"tokenizer.json": model_of(merges=None)}, FormatError, r"tokenizer\.json: has no merges"),
     "merges of three": (
         {"tokenizer.json": model_of(merges=["a b c"])},

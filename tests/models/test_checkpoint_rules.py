@@ -97,6 +97,17 @@ def test_rotation_has_two_spellings(held, name):
     same(one, other)
 
 
+@pytest.mark.parametrize("name", ["llama_rope_llama3", "qwen2_yarn", "arcee", "nemotron"])
+def test_both_spellings_that_agree_are_one(held, name):
+    both = held(name)
+    given = both.config.get("rope_parameters") or both.config.get("rope_scaling") or {}
+    theta = both.config.get("rope_theta") or given.get("rope_theta", 1e4)
+    both.config["rope_parameters"] = {"rope_type": "default", **given, "rope_theta": theta}
+    elder = {key: value for key, value in given.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    both.config["rope_scaling"] = {**elder, "type": elder.pop("rope_type", "default"), "unused": None}
+    same(both, held(name))
+
+
 def test_gemma_rotation_has_two_spellings(held):
     old = held("gemma3")
     given = old.config.pop("rope_parameters")
@@ -224,6 +235,25 @@ BAD = [
     ("llama", {"rope_parameters": [1]}, FormatError, "rope_parameters is"),
     ("llama", {"rope_parameters": {"rope_type": "longrope"}}, UnsupportedError, "rope_type is 'longrope'"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, FormatError, "factor is missing"),
+    *(
+        ("llama", {"rope_parameters": one, "rope_scaling": other}, FormatError, f"{message}; remove the one")
+        for one, other, message in (
+            (
+                {"rope_type": "linear", "factor": 4.0},
+                {"type": "linear", "factor": 2.0},
+                r"rope_scaling is .*'factor': 2\.0.* but rope_parameters is .*'factor': 4\.0}",
+            ),
+            ({"rope_type": "default", "rope_theta": 1e4}, {"type": "linear", "factor": 2.0}, "'default'.*"),
+            ({"rope_theta": 1e4}, {"rope_theta": 5e5, "rope_type": "default"}, r"500000\.0.*10000\.0}"),
+            ({"rope_theta": 1e4}, ["linear"], r"rope_scaling is \['linear'\], but .*"),
+        )
+    ),
+    (
+        "gemma3",
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+        FormatError,
+        "rope_scaling is .*3.0.*, but rope_parameters is",
+    ),
     ("llama", {"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor is 0.5"),
     ("llama", {"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config"),
     ("llama_rope_llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, FormatError, "low_freq"),

@@ -22,7 +22,7 @@ from pyinfer_convert.checkpoint import open_checkpoint
 from pyinfer_tools.tiny_checkpoints import MOST_BYTES, TINY, TOKENS, VOCABULARY, folder_bytes
 
 REFERENCE_TOLERANCE = 1e-5  # of the largest logit; transformers keeps some tables in float32
-CPU_TOLERANCE = 3e-3  # the KV cache holds halves
+CPU_TOLERANCE = 1e-4  # found 5e-6; a KV cache of halves would make it 1e-3
 MOST_BYTES_IN_ALL = 6_000_000
 SPARSE = {
     "relu_llama": "relu",

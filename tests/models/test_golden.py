@@ -10,7 +10,7 @@ from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 
 REFERENCE_TOLERANCE = 1e-5  # of the largest logit; transformers keeps some tables in float32
-CPU_TOLERANCE = 3e-3  # the KV cache holds halves
+CPU_TOLERANCE = 1e-4  # found 5e-6; a KV cache of halves would make it 1e-3
 every_model = pytest.mark.parametrize("name", NAMES)
 
 

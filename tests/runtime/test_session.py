@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from golden_files import load_golden
+from golden_files import load_golden, reference_logits
 
 from pyinfer.errors import CapacityError, ContextFullError, InputError
 from pyinfer.runtime.loader import load_model
@@ -160,6 +160,35 @@ def test_cancelled_between_chunks(small_chunks, model, allowed):
     assert session.length() == 8 * allowed
     assert asked == [8 * k for k in range(allowed + 1)]
     np.testing.assert_array_equal(session.prefill(TOKENS[8 * allowed :]), fresh(model, TOKENS))
+    session.close()
+
+
+def test_logits_are_those_of_the_reference(small_chunks, model):
+    """F32 all the way, the cache too: parts of less and more than one chunk, a batch, prefixes kept."""
+
+    def near(found, sequence):
+        tokens = np.array(histories[sequence])
+        expected = reference_logits(model.file.path, tokens)[-1]
+        assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+
+    def append(part, sequence):
+        histories[sequence] += part.tolist()
+        near(session.prefill(part, sequence), sequence)
+
+    session, histories = Session(model, 48, 2, n_sequences=3), [[], [], []]
+    for sequence, n in enumerate((5, 20, 37)):  # chunks are of 8
+        append(TOKENS[:n], sequence)
+    for _ in range(3):
+        order = [2, 0, 1]
+        for sequence in order:
+            histories[sequence].append(int(TOKENS[len(histories[sequence]) % 30]))
+        found = session.step([histories[sequence][-1] for sequence in order], order)
+        for row, sequence in zip(found, order):
+            near(row, sequence)
+    for sequence, length, n in ((2, 17, 3), (2, 16, 20), (1, 1, 9)):
+        session.truncate(length, sequence)
+        histories[sequence] = histories[sequence][:length]
+        append(TOKENS[::-1][:n], sequence)
     session.close()
 
 

@@ -17,7 +17,7 @@ from pyinfer_tools import models_table
 N_CTX = 40
 
 
-@pytest.mark.parametrize("quant", models_table.SHOWN)
+@pytest.mark.parametrize("quant", [*models_table.SHOWN, "f32"])  # f32: its cache has another type
 @pytest.mark.parametrize("name", ["falcon_40b", "gemma3", "nemotron", "opt", "prosparse_llama", "qwen2"])
 def test_sizes_are_those_of_a_real_conversion(tmp_path, name, quant):
     config = json.loads((FOLDER / name / "config.json").read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def test_sizes_are_those_of_a_real_conversion(tmp_path, name, quant):
     with load_model(tmp_path / "model.gguf") as model:
         assert models_table.weight_bytes(entries) == model.weights.nbytes
         session = Session(model, N_CTX, n_threads=1)
-        assert models_table.cache_bytes(config, N_CTX) == session.cache_bytes
+        assert models_table.cache_bytes(config, entries, N_CTX) == session.cache_bytes
         session.close()
 
 
