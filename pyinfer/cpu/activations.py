@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from numpy import float32
+
 from pyinfer.cpu.math import fatrelu, gelu, gelu_erf, relu, relu2, silu
 from pyinfer.cpu.rows import IN, IN2, NUMBER, OUT, WIDTH, row_at
 from pyinfer.jit.kernel import Kernel, inline, kernel
@@ -68,3 +70,14 @@ def _activate_kernel(kind: int) -> Kernel:
                 out[i] = _apply(kind, a[i], threshold)
 
     return activate_rows
+
+
+@kernel
+def keep(operands, step, first, last, thread):
+    """out = x where |x| >= NUMBER, else 0"""
+    given = i64_at(operands)
+    least = f32_at(given[NUMBER])[0]
+    for row in range(first, last):
+        x, out = f32_at(row_at(given, IN, row, thread)), f32_at(row_at(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = x[i] if abs(x[i]) >= least else float32(0)

@@ -7,13 +7,14 @@ from __future__ import annotations
 import numpy as np
 
 from pyinfer.cpu import attention
-from pyinfer.cpu.lowering import Lowering, Machine, Plan
+from pyinfer.cpu.lowering import MOST_BY_ROWS, Lowering, Machine, Plan
+from pyinfer.cpu.observe import Observed
 from pyinfer.cpu.step import ATTEND_ROWS, Step, tile_of
 from pyinfer.cpu.weights import Weights
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.levels import TILES, level
 from pyinfer.jit.team import ITEMS, Team
-from pyinfer.program.program import Program
+from pyinfer.program.program import NEURON_MAJOR, Program
 from pyinfer.program.rope import Rope
 
 PREFILL_ATTEND_ROWS = 8
@@ -29,10 +30,12 @@ class Executor:
         self.program, self.capacity, self.n_sequences = program, capacity, n_sequences
         self._team = team
         self._step = Step(capacity)
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, bool], Plan] = {}
+        self._skips = any(op.name in NEURON_MAJOR for op in program.ops)
         self._shape: tuple | None = None
         cache = program.cache
-        head_bytes = attention.head_bytes(cache.head_size, n_ctx)
+        element_bytes = attention.element_bytes_of({each.name: each.type for each in program.weights()})
+        head_bytes = attention.head_bytes(cache.head_size, n_ctx, element_bytes)
         layer_bytes = head_bytes * cache.kv_heads * n_sequences
         self.cache_bytes = 2 * layer_bytes * cache.layers
         self._memory = allocate(self.cache_bytes, huge=False)
@@ -41,15 +44,20 @@ class Executor:
         ropes = {op.params["rope"] for op in program.ops if op.name == "rope"}
         tables = {rope: _table(rope, n_ctx) for rope in ropes}
         values = [key + layer_bytes for key in keys]
-        self._machine = Machine(team.n_threads, weights, keys, values, head_bytes, tables)
+        self.observed = Observed(program, team.n_threads, capacity)
+        self._machine = Machine(
+            team.n_threads, weights, keys, values, head_bytes, element_bytes, tables, self.observed
+        )
 
     def _plan(self, n_rows: int, n_wanted: int) -> Plan:
+        by_rows = self._skips and n_rows <= MOST_BY_ROWS
         tiles = tile_of(n_rows), tile_of(n_wanted)
-        if tiles not in self._plans:
-            many = TILES[level.get()][1]
-            capacity = [min(self.capacity, tile if tile < many else self.capacity) for tile in tiles]
-            self._plans[tiles] = Lowering(self.program, self._machine, *capacity, *tiles).lower()
-        return self._plans[tiles]
+        key = *tiles, by_rows
+        if key not in self._plans:
+            many, most = TILES[level.get()][1], min(self.capacity, MOST_BY_ROWS) if by_rows else self.capacity
+            capacity = [min(most, tile if tile < many else most) for tile in tiles]
+            self._plans[key] = Lowering(self.program, self._machine, *capacity, *tiles).lower()
+        return self._plans[key]
 
     def step(self, tokens, positions, sequences, wanted) -> np.ndarray:
         """Run rows of (token, position, sequence); float32 [wanted, vocabulary], the caller's own.
@@ -59,6 +67,7 @@ class Executor:
         """
         step, n_rows, n_wanted = self._step, len(tokens), len(wanted)
         step.fill(tokens, positions, sequences, wanted)
+        self.observed.n_rows = n_rows
         plan = self._plan(n_rows, n_wanted)
         together = PREFILL_ATTEND_ROWS if n_rows > 1 and sequences[0] == sequences[-1] else 1
         step.block[ATTEND_ROWS] = together

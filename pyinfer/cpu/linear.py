@@ -28,6 +28,7 @@ from pyinfer.jit.tiles import (
     tile_dot,
     tile_splat_i32,
     tile_store,
+    tile_tokens,
     tile_zero,
     tile_zero_i32,
 )
@@ -102,10 +103,53 @@ def _finish(given, total, t, panel, thread):
     tile_store(total, given[OUT] + t * given[OUT_STRIDE] + 64 * panel, given[OUT_STRIDE])
 
 
+@inline
+def activation_parts(given, stride, thread, group):
+    """Addresses of quantized activations, of their scales, sums and scaled sums (see `prepared_parts`)."""
+    columns = 64 * ((given[COLUMNS] + 63) // 64)
+    x = given[X] + thread * given[X_PRIVATE]
+    part = columns // 32 * stride * 4
+    x_scale = x + columns * stride
+    if group == 16:
+        return x, x_scale, x_scale + 3 * part, x_scale + 5 * part
+    return x, x_scale, x_scale + part, x_scale + 2 * part
+
+
+@inline
+def add_chunk(total, codes, scales, x, g, bits, group, has_minimum):
+    """total += one chunk of a panel (its codes and its scales) times groups g and g + 1 of a tile of x.
+
+    x: the four addresses of `activation_parts`, for this tile.
+    """
+    tile, halves = tile_tokens(total), 32 // group
+    for half in range(2):
+        at_sum = 4 * (g + half) * tile
+        if has_minimum:
+            acc = tile_zero_i32(total)
+        elif bits == 4:
+            acc = tile_splat_i32(total, x[2] + at_sum, 0)
+        else:
+            acc = tile_splat_i32(total, x[2] + at_sum, 4)
+        xg = x[0] + 32 * tile * ((g + half) // halves) + (g + half) % halves * group
+        at = codes + half * 2 * bits * group
+        if bits == 4:
+            for c in range(group // 8):
+                pair = load_u8x64(at + 64 * c)
+                acc = tile_dot(acc, low_nibbles(pair), xg + 8 * c, 0)
+                acc = tile_dot(acc, high_nibbles(pair), xg + 8 * c + 4, 0)
+        else:
+            for c in range(group // 4):
+                acc = tile_dot(acc, load_u8x64(at + 64 * c), xg + 4 * c, 1)
+        scale = load_f16x16(scales + 32 * half)
+        total = tile_add_scaled(total, acc, scale, x[1] + 4 * tile * ((g + half) // halves))
+        if has_minimum:
+            total = tile_add_product(total, load_f16x16(scales + 64 + 32 * half), x[3] + at_sum, 4)
+    return total
+
+
 def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Kernel:
     group_bytes = 2 * bits * group
     chunk_bytes = 2 * group_bytes + 64 * (1 + has_minimum)
-    halves = 32 // group
 
     @kernel
     def linear_quantized(operands, step, first, last, thread):
@@ -114,48 +158,25 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int, tile: int) -> Ker
         rows, stride = words[given[COUNT]], words[given[COUNT] + 1]
         chunks = (given[COLUMNS] + 2 * group - 1) // (2 * group)
         columns = 64 * ((given[COLUMNS] + 63) // 64)
-        x = given[X] + thread * given[X_PRIVATE]
-        x_scale = x + columns * stride
-        part = columns // 32 * stride * 4
-        sums, sums_scaled = x_scale + part, x_scale + 2 * part
-        if group == 16:
-            sums, sums_scaled = x_scale + 3 * part, x_scale + 5 * part
+        x, x_scale, sums, sums_scaled = activation_parts(given, stride, thread, group)
         for block in range(0, rows, TOKEN_BLOCK):
             for panel in range(first, last):
                 weight = given[WEIGHT] + panel * given[PANEL_STRIDE]
                 for t in range(block, min(block + TOKEN_BLOCK, rows), tile):
-                    total = tile_zero(tile)
-                    x_tile, scale_tile = x + t * columns, x_scale + t * columns // 8
-                    sum_tile = t * columns // group * 4
+                    total, sum_tile = tile_zero(tile), t * columns // group * 4
+                    parts = (
+                        x + t * columns,
+                        x_scale + t * columns // 8,
+                        sums + sum_tile,
+                        sums_scaled + sum_tile,
+                    )
                     for chunk in range(chunks):
                         at = weight + chunk * chunk_bytes
                         if tile == 1:
                             for c in range(chunk_bytes // 64):
                                 prefetch(at + AHEAD_BYTES + 64 * c)
-                        for half in range(2):
-                            g = 2 * chunk + half
-                            at_sum = sum_tile + 4 * g * tile
-                            if has_minimum:
-                                acc = tile_zero_i32(tile)
-                            elif bits == 4:
-                                acc = tile_splat_i32(tile, sums + at_sum, 0)
-                            else:
-                                acc = tile_splat_i32(tile, sums + at_sum, 4)
-                            xg = x_tile + 32 * tile * (g // halves) + g % halves * group
-                            codes = at + half * group_bytes
-                            if bits == 4:
-                                for c in range(group // 8):
-                                    pair = load_u8x64(codes + 64 * c)
-                                    acc = tile_dot(acc, low_nibbles(pair), xg + 8 * c, 0)
-                                    acc = tile_dot(acc, high_nibbles(pair), xg + 8 * c + 4, 0)
-                            else:
-                                for c in range(group // 4):
-                                    acc = tile_dot(acc, load_u8x64(codes + 64 * c), xg + 4 * c, 1)
-                            scale = load_f16x16(at + 2 * group_bytes + 32 * half)
-                            total = tile_add_scaled(total, acc, scale, scale_tile + 4 * tile * (g // halves))
-                            if has_minimum:
-                                minimum = load_f16x16(at + 2 * group_bytes + 64 + 32 * half)
-                                total = tile_add_product(total, minimum, sums_scaled + at_sum, 4)
+                        scales = at + 2 * group_bytes
+                        total = add_chunk(total, at, scales, parts, 2 * chunk, bits, group, has_minimum)
                     _finish(given, total, t, panel, thread)
 
     return linear_quantized

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyinfer.cpu import linear as kernels
-from pyinfer.cpu import linear_t as kernels_t
 from pyinfer.cpu import rows
 from pyinfer.cpu.scratch import Buffer
 from pyinfer.jit.kernel import Kernel
@@ -22,17 +21,17 @@ if TYPE_CHECKING:
 def linear(lowering: Lowering, op: Op, position: int) -> int:
     """One instruction for this linear and those behind it that can join; returns how many ops it took."""
     group = _joined(lowering, position)
-    residual, taken = _residual(lowering, group, position)
+    residual, taken = residual_of(lowering, group, position)
     matrices = [lowering.machine.weights.matrices[each.weight.name] for each in group]
     layout, x = matrices[0].layout, lowering.input(op)
-    source = x if layout.is_float else _prepare(lowering, op.inputs[0], x)
+    source = x if layout.is_float else prepare(lowering, op.inputs[0], x)
     width = sum(panels_of(matrix.rows) * PANEL_ROWS for matrix in matrices)
     out = lowering.new_rows(width, shared=True)
     start = 0
     for each, matrix in zip(group, matrices):
         lowering.buffers[each.output.index] = out if len(group) == 1 else out.view(4 * start)
         start += panels_of(matrix.rows) * PANEL_ROWS
-    operands = _linear_operands(lowering, matrices[0], source, out)
+    operands = linear_operands(lowering, matrices[0], source, out)
     bias = _bias_of(lowering, group, matrices)
     kernel = kernels.linear(layout, lowering.tile[lowering.count])
     items = ("panels", width // PANEL_ROWS)
@@ -42,22 +41,7 @@ def linear(lowering: Lowering, op: Op, position: int) -> int:
     return taken
 
 
-def linear_t(lowering: Lowering, op: Op, position: int) -> int:
-    residual, taken = _residual(lowering, [op], position)
-    matrix, x = lowering.machine.weights.matrices[op.weight.name], lowering.input(op)
-    out = lowering.new_rows(op.output.width, shared=True)
-    lowering.buffers[op.output.index] = out
-    operands = _linear_operands(lowering, matrix, x, out)
-    operands[kernels.COLUMNS] = matrix.rows
-    bias = lowering.machine.weights.vectors[op.bias.name] if op.bias else None
-    items = ("panels", op.output.width // kernels_t.columns_of_item(matrix.layout))
-    _emit_linear(lowering, kernels_t.linear_t(matrix.layout), operands, items, [x], out, residual, bias)
-    if residual is not None:
-        lowering.buffers[lowering.program.ops[position + 1].output.index] = out
-    return taken
-
-
-def _linear_operands(lowering: Lowering, matrix, source: Buffer, out: Buffer) -> np.ndarray:
+def linear_operands(lowering: Lowering, matrix, source: Buffer, out: Buffer) -> np.ndarray:
     operands = np.zeros(kernels.OPERANDS, np.int64)
     operands[kernels.WEIGHT], operands[kernels.PANEL_STRIDE] = matrix.address, matrix.stride
     operands[kernels.COLUMNS], operands[kernels.COUNT] = matrix.columns, lowering.count
@@ -93,7 +77,7 @@ def _joined(lowering: Lowering, position: int) -> list[Op]:
     return group
 
 
-def _residual(lowering: Lowering, group: list[Op], position: int) -> tuple[Value | None, int]:
+def residual_of(lowering: Lowering, group: list[Op], position: int) -> tuple[Value | None, int]:
     """The other addend when the next op only adds this linear to something, and how many ops are
     taken.
     """
@@ -120,11 +104,16 @@ def _bias_of(lowering: Lowering, group: list[Op], matrices) -> np.ndarray | None
     return np.concatenate(parts)
 
 
-def _prepare(lowering: Lowering, value: Value, x: Buffer) -> Buffer:
+def prepare(lowering: Lowering, value: Value, x: Buffer) -> Buffer:
     """The quantized form of a value, made once for all linears that read it."""
     if value.index not in lowering.prepared:
-        capacity = 1 if lowering.single else -(-lowering.capacity[lowering.count] // 8) * 8
-        out = lowering.new(kernels.prepared_bytes(value.width, capacity), 0, shared=False)
-        lowering.row_op(rows.quantize, value.width, [x], out, TILE=lowering.tile[lowering.count])
-        lowering.prepared[value.index] = out
+        lowering.prepared[value.index] = quantized(lowering, x, value.width)
     return lowering.prepared[value.index]
+
+
+def quantized(lowering: Lowering, x: Buffer, width: int) -> Buffer:
+    """The first `width` columns of x as `pyinfer.cpu.linear.prepared_parts`."""
+    capacity = 1 if lowering.single else -(-lowering.capacity[lowering.count] // 8) * 8
+    out = lowering.new(kernels.prepared_bytes(width, capacity), 0, shared=False)
+    lowering.row_op(rows.quantize, width, [x], out, TILE=lowering.tile[lowering.count])
+    return out

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyinfer.cpu import activations, embedding, norms, rows
+from pyinfer.cpu import observe as kernels
 from pyinfer.cpu.scratch import PRIVATE, Buffer
 from pyinfer.cpu.step import WANTED
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
+from pyinfer.jit.team import STATIC
 from pyinfer.program.program import Op
 from pyinfer.quants import quant
 
@@ -55,6 +57,21 @@ def activate(lowering: Lowering, op: Op, position: int) -> None:
 def scale(lowering: Lowering, op: Op, position: int) -> None:
     at = lowering.constant(op.params["factor"])
     lowering.row_op(rows.scale, op.output.width, [lowering.input(op)], lowering.output(op), NUMBER=at)
+
+
+def keep(lowering: Lowering, op: Op, position: int) -> None:
+    at = lowering.constant(op.params["least"])
+    lowering.row_op(activations.keep, op.output.width, [lowering.input(op)], lowering.output(op), NUMBER=at)
+
+
+def observe(lowering: Lowering, op: Op, position: int) -> None:
+    """Once for every row, by whichever thread has it: unlike other row operations also in a step of one."""
+    array = lowering.machine.observed.array(op.params["what"], op.params["layer"])
+    lowering.keep.append(array)
+    x = lowering.input(op)
+    operands = lowering.row_operands(op.inputs[0].width, [x], None)
+    operands[kernels.COUNTERS], operands[kernels.COUNTER_BYTES] = array.ctypes.data, array.strides[0]
+    lowering.emit(kernels.kernel_for(op.params["what"]), operands, ("rows", 1), STATIC, [x], None)
 
 
 def slices(lowering: Lowering, op: Op, position: int) -> None:

@@ -13,17 +13,26 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pyinfer.cpu import lower_attention, lower_linear, lower_rows, rows
+from pyinfer.cpu import lower_attention, lower_linear, lower_neurons, lower_rows, rows
+from pyinfer.cpu.observe import Observed
 from pyinfer.cpu.scratch import BY_ROWS, PRIVATE, SHARED, Buffer, Scratch
 from pyinfer.cpu.step import ROWS, WANTED
 from pyinfer.cpu.team_program import instruction
 from pyinfer.cpu.weights import Weights
+from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import BARRIER, DYNAMIC, EVERY_THREAD, FIELDS, STATIC
 from pyinfer.program.program import Op, Program
 from pyinfer.quants.panels import PANEL_ROWS, panels_of
 
-OP_FAMILIES = (lower_rows, lower_linear, lower_attention)  # each lowers the ops that it has functions for
+# Up to so many rows of a step skip neurons.
+MOST_BY_ROWS = 16
+OP_FAMILIES = (
+    lower_rows,
+    lower_linear,
+    lower_neurons,
+    lower_attention,
+)  # each lowers the ops that it has functions for
 
 
 @dataclass
@@ -49,7 +58,9 @@ class Machine:
     keys: list[int]
     values: list[int]
     head_bytes: int
+    element_bytes: int
     tables: dict
+    observed: Observed
 
 
 class Lowering:
@@ -58,8 +69,9 @@ class Lowering:
     def __init__(
         self, program: Program, machine: Machine, n_rows: int, n_wanted: int, tile: int, wanted_tile: int
     ) -> None:
-        self.program, self.machine = program, machine
+        self.machine = machine
         self.capacity = {ROWS: n_rows, WANTED: n_wanted}
+        self.program = program if self.by_rows else program.without_guesses()
         self.tile = {ROWS: tile, WANTED: wanted_tile}
         self.count = ROWS
         self._rows: list[np.ndarray] = []
@@ -72,9 +84,15 @@ class Lowering:
             value.index: position for position, op in enumerate(program.ops) for value in op.inputs
         }
         self._dirty: list[Buffer] = []
+        self._thread_bytes = self._thread_address = 0
         self.stored = Buffer(0, 0, 0, 0)
 
     # ---- buffers ----
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether neuron-major weights are used row by row, skipping: for few rows; else as panels."""
+        return self.capacity[ROWS] <= MOST_BY_ROWS
 
     @property
     def single(self) -> bool:
@@ -88,6 +106,18 @@ class Lowering:
         stride = panels_of(width) * PANEL_ROWS * 4
         rows_padded = -(-self.capacity[self.count] // 8) * 8 if not self.single else 1
         return self.new(stride * rows_padded, stride, shared)
+
+    def free(self, buffer: Buffer) -> None:
+        """Its memory may be another's after the next barrier."""
+        self._scratch.give_back(buffer)
+
+    def thread_scratch(self, n_bytes: int) -> tuple[int, int]:
+        """Address and bytes per thread of memory that a kernel uses only while it runs; all share it."""
+        if n_bytes > self._thread_bytes:
+            self._thread_bytes = n_bytes
+            self.keep.append(allocate(n_bytes * self.machine.n_threads))
+            self._thread_address = self.keep[-1].ctypes.data
+        return self._thread_address, self._thread_bytes
 
     def _release(self, position: int) -> None:
         """Buffers whose values nobody reads any more are free after the next barrier."""
@@ -135,20 +165,26 @@ class Lowering:
         if mode == DYNAMIC:
             self.barrier()
 
-    def _row_operands(self, count: int, width: int, inputs: list[Buffer], out: Buffer) -> np.ndarray:
+    def row_kernel(
+        self, kernel: Kernel, operands: np.ndarray, inputs: list[Buffer], out: Buffer | None
+    ) -> None:
+        items = ("rows" if self.count == ROWS else "wanted", 1)
+        self.emit(kernel, operands, items, EVERY_THREAD if self.single else STATIC, inputs, out)
+
+    def row_operands(self, width: int, inputs: list[Buffer], out: Buffer | None) -> np.ndarray:
         operands = np.zeros(rows.OPERANDS, np.int64)
         for base, buffer in zip((rows.IN, rows.IN2), inputs):
             operands[base : base + 3] = buffer.address, buffer.stride, buffer.private
-        operands[rows.OUT : rows.OUT + 3] = out.address, out.stride, out.private
-        operands[rows.WIDTH], operands[rows.COUNT] = width, count
+        if out is not None:
+            operands[rows.OUT : rows.OUT + 3] = out.address, out.stride, out.private
+        operands[rows.WIDTH], operands[rows.COUNT] = width, self.count
         return operands
 
     def row_op(self, kernel: Kernel, width: int, inputs: list[Buffer], out: Buffer, **extra: int) -> None:
-        operands = self._row_operands(self.count, width, inputs, out)
+        operands = self.row_operands(width, inputs, out)
         for name, value in extra.items():
             operands[getattr(rows, name)] = value
-        items = ("rows" if self.count == ROWS else "wanted", 1)
-        self.emit(kernel, operands, items, EVERY_THREAD if self.single else STATIC, inputs, out)
+        self.row_kernel(kernel, operands, inputs, out)
 
     # ---- ops ----
 

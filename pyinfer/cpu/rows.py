@@ -52,6 +52,17 @@ def add(operands, step, first, last, thread):
 
 
 @kernel
+def multiply(operands, step, first, last, thread):
+    """out = a * b"""
+    given = i64_at(operands)
+    for row in range(first, last):
+        a, b = f32_at(row_at(given, IN, row, thread)), f32_at(row_at(given, IN2, row, thread))
+        out = f32_at(row_at(given, OUT, row, thread))
+        for i in range(given[WIDTH]):
+            out[i] = a[i] * b[i]
+
+
+@kernel
 def scale(operands, step, first, last, thread):
     """out = x * factor, with NUMBER the factor"""
     given = i64_at(operands)

@@ -18,7 +18,7 @@ from pyinfer.gguf_file import GGUFFile, Tensor
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.team import Team
 from pyinfer.names import GGMLType
-from pyinfer.program.program import Program
+from pyinfer.program.program import LINEARS, NEURON_MAJOR, Program
 from pyinfer.quants import neuron_rows, panels, quant
 from pyinfer.quants.panels import PANEL_ROWS, Layout, panels_of
 
@@ -58,9 +58,9 @@ class Weights:
         self, program: Program, file: GGUFFile, team: Team, progress: Progress | None = None
     ) -> None:
         for op in program.ops:
-            if op.name in ("linear", "linear_t", "embed", "embed_position"):
+            if op.name in (*LINEARS, "embed", "embed_position"):
                 _check(op.weight, file)
-        by_rows = {op.weight.name for op in program.ops if op.name == "linear_t"}
+        by_rows = {op.weight.name for op in program.ops if op.name in NEURON_MAJOR}
         tensors = program.weights()
         shapes = [
             (quant(each.type).LAYOUT, each.rows, each.columns, each.name in by_rows) for each in tensors

@@ -81,6 +81,16 @@ def bits_to_float(typingctx, bits):
 
 
 @intrinsic
+def float_to_bits(typingctx, value):
+    """float32 -> its bits, as int32."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], I32)
+
+    return types.int32(types.float32), generate
+
+
+@intrinsic
 def round_half_even(typingctx, value):
     """Nearest integer as float32, ties to even; one instruction, vectorizes."""
 
@@ -93,16 +103,23 @@ def round_half_even(typingctx, value):
     return types.float32(types.float32), generate
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at `address`, for reading."""
+def _prefetch_word(locality):
+    @intrinsic
+    def ask(typingctx, address):
+        def generate(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+            name = "llvm.prefetch.p0"
+            callee = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
+            builder.call(callee, [pointer, I32(0), I32(locality), I32(1)])
+            return context.get_dummy_value()
 
-    def generate(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        name = "llvm.prefetch.p0"
-        callee = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
-        builder.call(callee, [pointer, I32(0), I32(3), I32(1)])
-        return context.get_dummy_value()
+        return types.void(types.int64), generate
 
-    return types.void(types.int64), generate
+    return ask
+
+
+prefetch = _prefetch_word(3)  # ask for the cache line at an address, for reading
+prefetch_l2 = _prefetch_word(2)  # ask for it, but not into the smallest cache
+prefetch_l3 = _prefetch_word(1)
+prefetch_nta = _prefetch_word(0)

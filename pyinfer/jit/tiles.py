@@ -29,21 +29,33 @@ def tile_zero(typingctx, tokens):
     return result(tokens), generate
 
 
-@intrinsic(prefer_literal=True)
-def tile_zero_i32(typingctx, tokens):
-    """Integer tile of zeros; `tokens` is a compile-time constant."""
-    result = TileType("i32", tokens.literal_value)
+@intrinsic
+def tile_tokens(typingctx, tile):
+    """How many rows a tile has, a constant."""
+
+    def generate(context, builder, signature, args):
+        return I64(tile.tokens)
+
+    return types.int64(tile), generate
+
+
+@intrinsic
+def tile_zero_i32(typingctx, like):
+    """Integer tile of zeros, as many rows as the tile `like`."""
+    result = TileType("i32", like.tokens)
 
     def generate(context, builder, signature, args):
         return ir.Constant(result.llvm, None)
 
-    return result(tokens), generate
+    return result(like), generate
 
 
 @intrinsic(prefer_literal=True)
-def tile_splat_i32(typingctx, tokens, address, shift):
-    """Integer tile whose row t is the int32 at address + 4 t, shifted left by `shift`, in all lanes."""
-    result = TileType("i32", tokens.literal_value)
+def tile_splat_i32(typingctx, like, address, shift):
+    """Integer tile whose row t is the int32 at address + 4 t, shifted left by `shift`, in all lanes; as many
+    rows as the tile `like`.
+    """
+    result = TileType("i32", like.tokens)
     bits = shift.literal_value
 
     def generate(context, builder, signature, args):
@@ -55,7 +67,7 @@ def tile_splat_i32(typingctx, tokens, address, shift):
             )
         return tile
 
-    return result(tokens, types.int64, shift), generate
+    return result(like, types.int64, shift), generate
 
 
 @intrinsic(prefer_literal=True)

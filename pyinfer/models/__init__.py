@@ -15,6 +15,7 @@ from pyinfer.models.agreement import check_agreement
 from pyinfer.models.hparams import HParams
 from pyinfer.program.builder import Builder, Weights
 from pyinfer.program.program import Program
+from pyinfer.program.sparsity import FFNPlan
 
 # What families share.
 _SHARED = ("agreement", "hparams", "checkpoint", "checkpoint_config", "checkpoint_decoder")
@@ -25,8 +26,8 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _SHARED)
 
 
-def build_program(file: GGUFFile) -> tuple[HParams, Program]:
-    """Hyperparameters and program of an open file.
+def build_program(file: GGUFFile, plan: FFNPlan | None = None) -> tuple[HParams, Program]:
+    """Hyperparameters and program of an open file; `plan` says how its feed-forward layers are computed.
 
     Raises UnsupportedError that lists the known architectures, or names what the program would leave out;
     FormatError for what contradicts itself.
@@ -38,7 +39,7 @@ def build_program(file: GGUFFile) -> tuple[HParams, Program]:
         )
     family = import_module(f"pyinfer.models.{architecture}")
     hp = family.hparams(file)
-    program = family.build(Builder(file), hp, Weights(file))
+    program = family.build(Builder(file, plan), hp, Weights(file))
     check_agreement(file, hp, program)
     return hp, program
 

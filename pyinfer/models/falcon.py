@@ -45,13 +45,14 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
     widths = heads * size, kv_heads * size, kv_heads * size
     x = b.embed(w.token_embd, hp.embedding_length)
     for index, layer in enumerate(w.layers(hp.block_count)):
-        h = b.layer_norm(x, layer.attn_norm, epsilon)
+        raw, h = x, b.layer_norm(x, layer.attn_norm, epsilon)
         n = b.layer_norm(x, layer.attn_norm_2, epsilon) if layer.has("attn_norm_2") else h
         q, k, v = b.slices(b.linear(n, layer.attn_qkv, sum(widths)), *widths)
         q, k = b.rope(q, hp.rope, heads), b.rope(k, hp.rope, kv_heads)
         a = b.attend(index, q, k, v, heads=heads, kv_heads=kv_heads, scale=size**-0.5)
         x = b.add(x, b.linear(a, layer.attn_output, hp.embedding_length))
-        x = b.add(x, b.ffn(h, layer, hp.activation or USUAL_ACTIVATION, hp.feed_forward_length))
+        activation = hp.activation or USUAL_ACTIVATION
+        x = b.add(x, b.ffn(h, layer, activation, hp.feed_forward_length, raw=raw))
     x = b.layer_norm(b.select(x), w.output_norm, epsilon)
     return b.finish(b.linear(x, w.output if w.has("output") else w.token_embd, hp.vocab_size))
 

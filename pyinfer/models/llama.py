@@ -51,7 +51,8 @@ def build_decoder(b: Builder, hp: HParams, w: Weights, decoder: Decoder) -> Prog
         x = b.add(x, b.linear(a, layer.attn_output, hp.embedding_length))
         h = b.rms_norm(x, layer.ffn_norm, epsilon)
         layer = with_gate(layer) if decoder.gated else layer
-        x = b.add(x, b.ffn(h, layer, hp.activation or decoder.activation, hp.feed_forward_length))
+        h = b.ffn(h, layer, hp.activation or decoder.activation, hp.feed_forward_length, raw=x)
+        x = b.add(x, h)
     x = b.rms_norm(b.select(x), w.output_norm, epsilon)
     return b.finish(b.linear(x, w.output if w.has("output") else w.token_embd, hp.vocab_size))
 

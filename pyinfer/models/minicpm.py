@@ -48,7 +48,7 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
         a = b.linear(a, layer.attn_output, hp.embedding_length)
         x = b.add(x, b.scale(a, hp.residual_scale))
         h = b.rms_norm(x, layer.ffn_norm, epsilon)
-        h = b.ffn(h, with_gate(layer), hp.activation or DECODER.activation, hp.feed_forward_length)
+        h = b.ffn(h, with_gate(layer), hp.activation or DECODER.activation, hp.feed_forward_length, raw=x)
         x = b.add(x, b.scale(h, hp.residual_scale))
     x = b.scale(b.rms_norm(b.select(x), w.output_norm, epsilon), 1.0 / hp.logit_scale)
     return b.finish(b.linear(x, w.output if w.has("output") else w.token_embd, hp.vocab_size))

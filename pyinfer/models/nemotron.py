@@ -46,7 +46,8 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
         a = b.attend(index, q, k, v, heads=heads, kv_heads=kv_heads, scale=size**-0.5)
         x = b.add(x, b.linear(a, layer.attn_output, hp.embedding_length))
         h = b.layer_norm(x, layer.ffn_norm, epsilon)
-        x = b.add(x, b.ffn(h, layer, hp.activation or DECODER.activation, hp.feed_forward_length))
+        h = b.ffn(h, layer, hp.activation or DECODER.activation, hp.feed_forward_length, raw=x)
+        x = b.add(x, h)
     x = b.layer_norm(b.select(x), w.output_norm, epsilon)
     return b.finish(b.linear(x, w.output if w.has("output") else w.token_embd, hp.vocab_size))
 

@@ -54,7 +54,7 @@ def build(b: Builder, hp: HParams, w: Weights) -> Program:
         if not before:
             x = b.layer_norm(x, layer.attn_output_norm, epsilon)
         h = b.layer_norm(x, layer.ffn_norm, epsilon) if before else x
-        x = b.add(x, b.ffn(h, layer, hp.activation or USUAL_ACTIVATION, hp.feed_forward_length))
+        x = b.add(x, b.ffn(h, layer, hp.activation or USUAL_ACTIVATION, hp.feed_forward_length, raw=x))
         if not before:
             x = b.layer_norm(x, layer.layer_output_norm, epsilon)
     x = b.select(x)

@@ -12,9 +12,10 @@ from pyinfer.errors import FormatError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile, Tensor
 from pyinfer.program.program import Cache, Op, Program, Value
 from pyinfer.program.rope import Rope
+from pyinfer.program.sparsity import DENSE, PREDICTED, FFNPlan, LayerPlan
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
-BIASED = ("linear", "linear_t", "layer_norm")  # operations that add the bias of their weight
+BIASED = ("linear", "linear_t", "linear_at", "layer_norm")  # operations that add the bias of their weight
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
 
 
@@ -37,13 +38,13 @@ class Weights:
     """
 
     def __init__(self, file: GGUFFile, block: int | None = None) -> None:
-        self._file, self._block = file, block
+        self._file, self.block = file, block
 
     def __getattr__(self, name: str) -> Weight:
-        return Weight(self._file, name, self._block)
+        return Weight(self._file, name, self.block)
 
     def has(self, name: str) -> bool:
-        return names.weight(name, self._block) in self._file.tensors
+        return names.weight(name, self.block) in self._file.tensors
 
     def layers(self, count: int) -> list[Weights]:
         return [Weights(self._file, block) for block in range(count)]
@@ -52,8 +53,8 @@ class Weights:
 class Builder:
     """Collects operations; see `pyinfer.program.program.Op` for what each means."""
 
-    def __init__(self, file: GGUFFile) -> None:
-        self._file = file
+    def __init__(self, file: GGUFFile, plan: FFNPlan | None = None) -> None:
+        self._file, self._plan = file, plan or FFNPlan()
         self._ops: list[Op] = []
         self._values = 0
         self._cache: Cache | None = None
@@ -119,11 +120,29 @@ class Builder:
         """As `linear`, for a weight that is kept neuron by neuron: x.width rows of `width` columns."""
         self._check(weight.tensor, (width, x.width), "outputs, inputs")
         self._vector(weight.bias, width, "one bias per output")
-        if width % 64:
+        if x.width % 32:
             raise UnsupportedError(
-                f"{self._file.path}: {weight.tensor.name} has {width} columns, not a multiple of 64"
+                f"{self._file.path}: {weight.tensor.name} has {x.width} rows, not a multiple of 32"
             )
         return self._emit("linear_t", (x,), width, weight)
+
+    def linear_at(
+        self, x: Value, mask: Value, weight: Weight, *, times: bool, thresholds: Any = None
+    ) -> Value:
+        """As `linear`, but only the outputs that `mask` (of the same width) asks for; the others are 0.
+
+        Asked for is where mask is not 0, or where it reaches `thresholds`; `times`: outputs times mask.
+        """
+        self._check(weight.tensor, (x.width, mask.width), "inputs, outputs")
+        self._vector(weight.bias, mask.width, "one bias per output")
+        return self._emit("linear_at", (x, mask), mask.width, weight, times=times, thresholds=thresholds)
+
+    def keep(self, x: Value, least: float) -> Value:
+        """x where its magnitude reaches `least`, else 0."""
+        return self._emit("keep", (x,), x.width, least=least)
+
+    def observe(self, what: str, x: Value, layer: int | None) -> None:
+        self._emit("observe", (x,), None, what=what, layer=layer)
 
     def layer_norm(self, x: Value, weight: Weight, epsilon: float) -> Value:
         self._vector(weight.tensor, x.width, "one number per element")
@@ -205,19 +224,60 @@ class Builder:
     def add(self, a: Value, b: Value) -> Value:
         return self._emit("add", (a, b), a.width)
 
-    def ffn(self, x: Value, layer: Weights, activation: str, width: int) -> Value:
+    def ffn(self, x: Value, layer: Weights, activation: str, width: int, raw: Value | None = None) -> Value:
         """A feed-forward layer: down(activation(gate x) * up x), or without a gate down(activation(up x)).
 
-        Dense here; placement is decided in this one method. down may be kept neuron by neuron (ffn_down_t).
+        Dense, exact or predicted: that is decided in this one method, by the plan. down may be kept neuron by
+        neuron (ffn_down_t). `raw` is the input before its norm, which some predictors read.
         """
-        if layer.has(names.FFN_GATE):
-            g, u = self.linear(x, layer.ffn_gate, width), self.linear(x, layer.ffn_up, width)
-            hidden = self.gate(activation, g, u)
+        plan, gated = self._plan.layer(layer.block), layer.has(names.FFN_GATE)
+        first = layer.ffn_gate if gated else layer.ffn_up
+        dual = gated and activation == "drelu"  # relu(g) * relu(u) is relu(relu(g) * u)
+        if plan.mode == PREDICTED:
+            g = self.linear_at(
+                x, self._scores(x, raw, layer, plan), first, times=False, thresholds=plan.thresholds
+            )
         else:
-            hidden = self.activate(activation, self.linear(x, layer.ffn_up, width))
+            g = self.linear(x, first, width)
+        if plan.mode == DENSE and gated:
+            hidden = self.gate(activation, g, self.linear(x, layer.ffn_up, width))
+        else:
+            hidden = self.activate("relu" if dual else activation, g)
+            if plan.keep:
+                hidden = self.keep(hidden, plan.keep)
+            if gated:
+                hidden = self.linear_at(x, hidden, layer.ffn_up, times=True)
+            if dual:
+                hidden = self.activate("relu", hidden)
+        self._observe(layer, x, raw, g, hidden, activation)
         if layer.has(names.FFN_DOWN_T):
             return self.linear_t(hidden, layer.ffn_down_t, x.width)
         return self.linear(hidden, layer.ffn_down, x.width)
+
+    def _scores(self, x: Value, raw: Value | None, layer: Weights, plan: LayerPlan) -> Value:
+        """What the layer's predictor says of every neuron."""
+        source = raw if plan.input == "raw" else x
+        if source is None:
+            raise UnsupportedError(f"{self._file.path}: predictors of this family read the normed input")
+        small = self.linear(source, layer.fc1, layer.fc1.tensor.rows)
+        if plan.form == "relu":
+            small = self.activate("relu", small)
+        return self.linear(small, layer.fc2, layer.fc2.tensor.rows)
+
+    def _observe(
+        self, layer: Weights, x: Value, raw: Value | None, g: Value, hidden: Value, activation: str
+    ) -> None:
+        what = self._plan.observe
+        if what == "fired":
+            self.observe("fired", hidden, layer.block)
+        elif what == "histogram":
+            self.observe(
+                "histogram", self.activate("relu" if activation == "drelu" else activation, g), layer.block
+            )
+        elif what == "rows":
+            for name, value in (("x", x), ("raw", raw), ("gate", g), ("hidden", hidden)):
+                if value is not None:
+                    self.observe(name, value, layer.block)
 
     def select(self, x: Value) -> Value:
         return self._emit("select", (x,), x.width)

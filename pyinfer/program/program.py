@@ -6,10 +6,13 @@ float64, the definition), `cpu`, later `cuda`. It holds names and shapes, never 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyinfer.gguf_file import Tensor
+
+LINEARS = ("linear", "linear_t", "linear_at")
+NEURON_MAJOR = ("linear_t", "linear_at")  # read rows of their weight one by one
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Op:
       layer_norm(x; weight) epsilon     (x - mean) / deviation * weight + bias (if the weight has one)
       linear(x; weight)                 weight @ x + bias (if the weight has one)
       linear_t(x; weight)               x @ weight (plus bias), for a weight that is kept row by row
+      linear_at(x, m; weight) times thresholds
+                                        weight @ x + bias where m is not 0 (or reaches its threshold), else 0;
+                                        times m. A guess (with thresholds) may be ignored where all is cheaper
       slices(x) start                   a part of the row
       rope(x) rope heads                every head rotated by the row's position
       store(k, v) layer kv_heads        write the row to the KV cache at its position
@@ -43,6 +49,8 @@ class Op:
       gate(g, u) activation             activation(g) * u
       add(a, b)                         a + b
       scale(x) factor                   x times a number
+      keep(x) least                     x where |x| >= least, else 0
+      observe(x) what layer             nothing; the executor counts or keeps x
       select(x)                         only the rows whose logits are wanted
 
     Activations: silu, gelu (tanh form), gelu_erf, relu, relu2 (its square), fatrelu:T (x where x > T, else
@@ -59,7 +67,7 @@ class Op:
     def __str__(self) -> str:
         given = ", ".join([str(value) for value in self.inputs] + ([self.weight.name] if self.weight else []))
         bias = f" + {self.bias.name}" if self.bias else ""
-        shown = {key: value for key, value in self.params.items() if key != "rope"}
+        shown = {key: value for key, value in self.params.items() if key not in ("rope", "thresholds")}
         params = "".join(
             f" {key}={value:g}" if isinstance(value, float) else f" {key}={value}"
             for key, value in shown.items()
@@ -88,8 +96,21 @@ class Program:
 
     def weights(self) -> list[Tensor]:
         """Matrices in the order in which the program reads them, each once."""
-        linears = [op for op in self.ops if op.name in ("linear", "linear_t")]
+        linears = [op for op in self.ops if op.name in LINEARS]
         return list({op.weight.name: op.weight for op in linears if op.weight}.values())
+
+    def without_guesses(self) -> Program:
+        """The program with all of every `linear_at` that has thresholds, and without what only guessed."""
+        kept: list[Op] = []
+        needed: set[Value] = set()
+        for op in reversed(self.ops):
+            if op.output is not None and op.output not in needed and op is not self.ops[-1]:
+                continue
+            if op.name == "linear_at" and op.params["thresholds"] is not None:
+                op = replace(op, name="linear_rows", inputs=op.inputs[:1])
+            needed.update(op.inputs)
+            kept.append(op)
+        return replace(self, ops=tuple(reversed(kept)))
 
     def __str__(self) -> str:
         return "\n".join(str(op) for op in self.ops)

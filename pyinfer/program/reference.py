@@ -34,6 +34,8 @@ class Reference:
         self._dequantize = dequantize
         self._arrays: dict[str, np.ndarray] = {}
         self._cache: dict[tuple, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
+        self.guesses = True  # whether predictions are followed; executors ignore them in steps of many rows
+        self.observed: dict[tuple[str, int], list[np.ndarray]] = {}
 
     def _array(self, tensor: Tensor) -> np.ndarray:
         if tensor.name not in self._arrays:
@@ -108,6 +110,20 @@ class Reference:
 
     def _linear_t(self, op: Op, rows, x) -> np.ndarray:
         return x @ self._array(op.weight) + (self._array(op.bias) if op.bias else 0)
+
+    def _linear_at(self, op: Op, rows, x, mask) -> np.ndarray:
+        y = self._linear(op, rows, x)
+        thresholds = op.params["thresholds"]
+        if thresholds is not None and not self.guesses:
+            return y
+        active = mask != 0 if thresholds is None else mask >= thresholds
+        return np.where(active, y * mask if op.params["times"] else y, 0)
+
+    def _keep(self, op: Op, rows, x) -> np.ndarray:
+        return np.where(np.abs(x) >= op.params["least"], x, 0)
+
+    def _observe(self, op: Op, rows, x) -> None:
+        self.observed.setdefault((op.params["what"], op.params["layer"]), []).append(x)
 
     def _slices(self, op: Op, rows, x) -> np.ndarray:
         return x[:, op.params["start"] : op.params["start"] + op.output.width]

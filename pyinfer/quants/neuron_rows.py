@@ -1,9 +1,11 @@
 """The layout of matrices whose rows are used one by one: row after row, so that unneeded ones are never read.
 
-A quantized row is cut into chunks of two groups of columns: codes (4-bit: byte j holds column j of the first
-group low, of the second high; 8-bit: one byte per column), then two halves of scales, then two of minima if
-there are. The meaning of codes, scales and minima is that of `pyinfer.quants.panels`. A float row is as in
-the file.
+A quantized row holds the *words* (32 bits) that are its own in a panel, in the same order: all words of
+codes, then one word per chunk with its two scales (the first group's in the low half), then such words of
+minima if there are. Each of these parts is padded with zeros to 16 words, so that 16 rows become a panel by
+transposing blocks of 16 x 16 words (`pyinfer.cpu.gather`), and any 16 neurons can be one. The meaning of
+codes, scales and minima is that of `pyinfer.quants.panels`. A float row is as in the file, padded to 64
+columns.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from functools import cache
 import numpy as np
 
 from pyinfer.jit.atomics import call_kernel
-from pyinfer.jit.kernel import Kernel, inline, kernel
-from pyinfer.jit.memory import i64_at, u8_at, u16_at, u32_at
+from pyinfer.jit.kernel import Kernel, kernel
+from pyinfer.jit.memory import i64_at, u16_at, u32_at
 from pyinfer.quants.panels import (
     COLUMNS,
     PANEL_ROWS,
@@ -28,17 +30,31 @@ from pyinfer.quants.panels import (
 # Operands behind those of pack kernels: the type's pack kernel, bytes of a source row, a thread's scratch.
 PACK, SOURCE_ROW_BYTES, ROW_STRIDE, SCRATCH, SCRATCH_BYTES = range(5, 10)
 OPERANDS = 10
+BLOCK = 16  # words of a row that are moved at once
+FLOAT_BLOCK = 64  # columns
 
 
-def chunk_bytes(layout: Layout) -> int:
-    return layout.group * layout.bits // 4 + 4 * (1 + layout.has_minimum)
+def chunk_words(layout: Layout) -> int:
+    """Words of codes that a row has in one chunk of a panel (two groups)."""
+    return layout.group * layout.bits // 16
+
+
+def code_words(layout: Layout, columns: int) -> int:
+    """Words of codes of a row, padded."""
+    return -(-layout.chunks(columns) * chunk_words(layout) // BLOCK) * BLOCK
+
+
+def scale_words(layout: Layout, columns: int) -> int:
+    """Words of scales of a row (and of minima), padded."""
+    return -(-layout.chunks(columns) // BLOCK) * BLOCK
 
 
 def row_bytes(layout: Layout, columns: int) -> int:
-    """Bytes of a row, a multiple of 4."""
+    """Bytes of a row, a multiple of 64."""
     if layout.is_float:
-        return columns * layout.bits // 8
-    return layout.chunks(columns) * chunk_bytes(layout)
+        return -(-columns // FLOAT_BLOCK) * FLOAT_BLOCK * layout.bits // 8
+    parts = 1 + layout.has_minimum
+    return 4 * (code_words(layout, columns) + parts * scale_words(layout, columns))
 
 
 def scratch_bytes(layout: Layout, columns: int) -> int:
@@ -53,8 +69,9 @@ def rows_from_blocks(layout: Layout) -> Kernel:
 
 
 def _rows_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
-    panel_chunk = 4 * bits * group + 64 * (1 + has_minimum)
-    row_chunk = group * bits // 4 + 4 * (1 + has_minimum)
+    together = group * bits // 16
+    group_bytes = 2 * bits * group
+    chunk_bytes = 2 * group_bytes + 64 * (1 + has_minimum)
 
     @kernel
     def unpack_rows(operands, step, first, last, thread):
@@ -63,6 +80,9 @@ def _rows_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         panel = given[SCRATCH] + thread * given[SCRATCH_BYTES]
         pack = i64_at(panel + given[PANEL_STRIDE])
         pack[TARGET], pack[COLUMNS], pack[PANEL_STRIDE] = panel, columns, given[PANEL_STRIDE]
+        chunks = (columns + 2 * group - 1) // (2 * group)
+        codes = (chunks * together + 15) // 16 * 16
+        scales = (chunks + 15) // 16 * 16
         for item in range(first, last):
             rows = min(PANEL_ROWS, given[ROWS] - item * PANEL_ROWS)
             pack[SOURCE] = given[SOURCE] + item * PANEL_ROWS * given[SOURCE_ROW_BYTES]
@@ -77,33 +97,19 @@ def _rows_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
                         else:
                             u16_at(target)[c] = u16_at(panel)[c * PANEL_ROWS + r]
                 else:
-                    for chunk in range((columns + 2 * group - 1) // (2 * group)):
-                        source = panel + chunk * panel_chunk
-                        _unpack_chunk(source, r, target + chunk * row_chunk, bits, group, has_minimum)
+                    words, halves = u32_at(target), u16_at(target + 4 * codes)
+                    minima = u16_at(target + 4 * (codes + scales))
+                    for chunk in range(chunks):
+                        source = panel + chunk * chunk_bytes
+                        for w in range(together):
+                            words[chunk * together + w] = u32_at(source + 64 * w)[r]
+                        for k in range(2):
+                            at = u16_at(source + 2 * group_bytes + 32 * k)
+                            halves[2 * chunk + k] = at[r]
+                            if has_minimum:
+                                minima[2 * chunk + k] = at[2 * PANEL_ROWS + r]
 
     return unpack_rows
-
-
-@inline
-def _unpack_chunk(source, r, target, bits, group, has_minimum):
-    """One row's part of a panel's chunk."""
-    out = u8_at(target)
-    for column in range(2 * group):
-        quad = column // 4
-        if bits == 4:
-            code = (u8_at(source + 64 * (quad // 2))[4 * r + column % 4] >> (4 * (quad % 2))) & 15
-            if column < group:
-                out[column] = code
-            else:
-                out[column - group] |= code << 4
-        else:
-            out[column] = u8_at(source + 64 * quad)[4 * r + column % 4]
-    halves = source + 4 * bits * group
-    scales = u16_at(target + group * bits // 4)
-    for k in range(2):
-        scales[k] = u16_at(halves)[PANEL_ROWS * k + r]
-        if has_minimum:
-            scales[2 + k] = u16_at(halves)[2 * PANEL_ROWS + PANEL_ROWS * k + r]
 
 
 def values(layout: Layout, raw: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -111,16 +117,21 @@ def values(layout: Layout, raw: np.ndarray, rows: int, columns: int) -> np.ndarr
     data = raw[: rows * row_bytes(layout, columns)].reshape(rows, -1)
     if layout.is_float:
         if layout.name == "bf16":
-            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        return data.view(np.float16 if layout.name == "f16" else np.float32).astype(np.float64)
-    chunks = data.reshape(rows, -1, chunk_bytes(layout))
-    code_bytes = layout.group * layout.bits // 4
-    codes = chunks[:, :, :code_bytes]
-    if layout.bits == 4:
-        codes = np.concatenate([codes & 15, codes >> 4], 2)
-    halves = np.ascontiguousarray(chunks[:, :, code_bytes:]).view(np.float16).astype(np.float64)
+            full = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            full = data.view(np.float16 if layout.name == "f16" else np.float32)
+        return full[:, :columns].astype(np.float64)
+    chunks = layout.chunks(columns)
+    words = np.ascontiguousarray(data[:, : 4 * chunks * chunk_words(layout)])
+    if layout.bits == 4:  # a word is two quads: low nibbles, high nibbles
+        quads = words.reshape(rows, -1, 1, 4)
+        codes = np.concatenate([quads & 15, quads >> 4], 2).reshape(rows, -1)
+    else:
+        codes = words
+    halves = np.ascontiguousarray(data[:, 4 * code_words(layout, columns) :]).view(np.float16)
+    groups = halves.astype(np.float64).reshape(rows, 1 + layout.has_minimum, -1)[:, :, : 2 * chunks]
     zero = 0 if layout.has_minimum else 8 if layout.bits == 4 else 128
-    full = (codes - float(zero)) * halves[:, :, :2].repeat(layout.group, 2)
+    full = (codes - float(zero)) * groups[:, 0].repeat(layout.group, 1)
     if layout.has_minimum:
-        full = full + halves[:, :, 2:].repeat(layout.group, 2)
-    return full.reshape(rows, -1)[:, :columns]
+        full = full + groups[:, 1].repeat(layout.group, 1)
+    return full[:, :columns]

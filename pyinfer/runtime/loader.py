@@ -12,6 +12,7 @@ from pyinfer.cpu.weights import Progress, Weights
 from pyinfer.gguf_file import GGUFFile, open_gguf
 from pyinfer.jit.team import MOST_THREADS, Team
 from pyinfer.models import build_program
+from pyinfer.neurons.sparsity import plan_ffn
 from pyinfer.text.tokenizer import Tokenizer
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time per period, of a container
@@ -33,9 +34,18 @@ def default_threads() -> int:
 class Model:
     """An open model; sessions share it. Close it after them."""
 
-    def __init__(self, file: GGUFFile, team: Team, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        team: Team,
+        progress: Progress | None = None,
+        sparsity: str = "auto",
+        observe: str | None = None,
+    ) -> None:
         self.file = file
-        self.hparams, self.program = build_program(file)
+        self.hparams, dense = build_program(file)
+        plan, self.notices = plan_ffn(file, dense, sparsity, observe)
+        self.program = build_program(file, plan)[1]
         self.weights = Weights(self.program, file, team, progress)
 
     @cached_property
@@ -52,14 +62,23 @@ class Model:
         self.close()
 
 
-def load_model(path: str | Path, *, progress: Progress | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    *,
+    progress: Progress | None = None,
+    sparsity: str = "auto",
+    observe: str | None = None,
+) -> Model:
     """Read a GGUF file. Raises FormatError, UnsupportedError, ModelNotFoundError or CapacityError;
     progress(done, total) in bytes.
+
+    sparsity : auto, exact, predicted, cats=SHARE or dense; InputError when the model cannot do it
+    observe : fired, histogram or rows, for `Session.observed`
     """
     file = open_gguf(path)
     team = Team(default_threads())
     try:
-        return Model(file, team, progress)
+        return Model(file, team, progress, sparsity, observe)
     except BaseException:
         file.close()
         raise

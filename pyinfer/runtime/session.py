@@ -51,6 +51,25 @@ class Session:
         self._lengths = [0] * n_sequences
 
     @property
+    def chunk_rows(self) -> int:
+        """The most tokens of a prefill that run in one step."""
+        return self._executor.capacity
+
+    def observed(self, what: str, layer: int) -> np.ndarray:
+        """What a model loaded with `observe` saw in a layer (see `pyinfer.program.builder.Builder.ffn`).
+
+        fired: int64 [F], how often each neuron fired; histogram: int64 [4096] of |act(gate)|, both since
+        `reset_observed`. x, raw, gate, hidden: float32 [rows, width] of the last step (of one chunk).
+        """
+        found = self._executor.observed.get(what, layer)
+        if found is None:
+            raise InputError(f"{what!r} of layer {layer} is not observed; load the model with observe=...")
+        return found
+
+    def reset_observed(self) -> None:
+        self._executor.observed.reset()
+
+    @property
     def cache_bytes(self) -> int:
         return self._executor.cache_bytes
 

@@ -56,8 +56,8 @@ class Both:
     ) -> None:
         file = SimpleNamespace(path="test.gguf", drop_pages=lambda tensor: None)
         self._weights = Weights(program, file, team)
-        self._cpu = Executor(program, self._weights, team, n_ctx, n_sequences, capacity)
-        self._reference = Reference(program, dequantize)
+        self.cpu = Executor(program, self._weights, team, n_ctx, n_sequences, capacity)
+        self.reference = Reference(program, dequantize)
 
     def step(self, tokens, positions=None, sequences=None, wanted=None) -> tuple[np.ndarray, np.ndarray]:
         """(cpu, reference) outputs; by default all rows of sequence 0 from position 0."""
@@ -68,4 +68,4 @@ class Both:
             np.zeros(n, int) if sequences is None else np.asarray(sequences),
             np.arange(n) if wanted is None else np.asarray(wanted, int),
         ]
-        return self._cpu.step(*rows), self._reference.step(*rows)
+        return self.cpu.step(*rows), self.reference.step(*rows)

@@ -29,8 +29,8 @@ def logits(path, level: str) -> np.ndarray:
         levels.level.set(before)
 
 
-# 4-bit without and with minimum and 8-bit codes, which is every call of the integer dot product.
-@pytest.mark.parametrize("quant", ["q4_0", "q5_1"])
+# 4-bit without and with minimum and 8-bit codes, which is every call of the integer dot product; no codes.
+@pytest.mark.parametrize("quant", ["q4_0", "q5_1", "f32"])
 def test_levels_agree(quant, tmp_path):
     path = tmp_path / "model.gguf"
     write_random_model(path, SHAPES["tiny"], quant)

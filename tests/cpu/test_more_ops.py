@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from block_samples import float_tensor, random_tensor
 from small_programs import Both, Ops
-from test_ops import TABLE_ROWS, check, columns_of, table, team  # noqa: F401
+from test_ops import TABLE_ROWS, check, table, team  # noqa: F401
 from tolerance import EXACT, LINEAR
 
-from pyinfer import quants
 from pyinfer.cpu import activations
 
 BOUND = 1e-11  # float32 additions and products, and erf by a polynomial of 1.5e-7
@@ -42,22 +41,6 @@ def test_gate(activation, team):  # noqa: F811
     g, u = ops.rows("g", table(80, random)), ops.rows("u", table(80, random))
     y = ops.emit("gate", (g, u), 80, activation=activation)
     check(ops.finish(y), team, BOUND, random)
-
-
-@pytest.mark.parametrize("kind", quants.names())
-@pytest.mark.parametrize("sparse", [False, True])
-def test_linear_t_of_every_type(kind, sparse, team):  # noqa: F811
-    """Rows of 37 neurons, with a bias and a residual; where x is 0 the neuron is not read."""
-    random, ops, width = np.random.default_rng(24), Ops(), columns_of(kind) // 64 * 64
-    width = max(width, 256) if kind.endswith("_k") else width
-    values = table(37, random)
-    if sparse:
-        values[random.random(values.shape) < 0.9] = 0
-        values[5] = 0
-    x, r = ops.rows("x", values), ops.rows("r", table(width, random))
-    bias = float_tensor("b", random.standard_normal(width))
-    y = ops.emit("linear_t", (x,), width, random_tensor("w", kind, 37, width, random), bias)
-    check(ops.finish(ops.emit("add", (r, y), width)), team, max(LINEAR[kind], BOUND), random)
 
 
 def test_slices_of_a_linear(team):  # noqa: F811

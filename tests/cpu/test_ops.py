@@ -9,6 +9,7 @@ from small_programs import Both, Ops
 from tolerance import LINEAR, OPS, linear_rounded, nmse
 
 from pyinfer import quants
+from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.jit.team import Team
 from pyinfer.program.rope import Rope
 
@@ -23,13 +24,14 @@ def team():
     made.close()
 
 
-def check(program, team, bound: float, random: np.random.Generator) -> None:
-    """Both executors agree for all row counts, in one session."""
+def check(program, team, bound: float, random: np.random.Generator, many: float | None = None) -> None:
+    """Both executors agree for all row counts, in one session; `many` is another bound for many rows."""
     both = Both(program, team)
     for n in ROW_COUNTS:
         found, expected = both.step(random.integers(0, TABLE_ROWS, n))
         assert found.dtype == np.float32 and found.shape == expected.shape == (n, program.vocab_size)
-        assert nmse(found, expected) <= bound, f"{n} rows"
+        allowed = many if many is not None and n > MOST_BY_ROWS else bound
+        assert nmse(found, expected) <= allowed, f"{n} rows"
 
 
 def table(width: int, random: np.random.Generator) -> np.ndarray:

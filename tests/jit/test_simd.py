@@ -62,7 +62,7 @@ def at_level(request):
 
 def dots(codes, small_codes, x, start, wide_out, narrow_out):
     for case in range(CASES):
-        tile = tile_splat_i32(3, start + 12 * case, 0)
+        tile = tile_splat_i32(tile_zero(3), start + 12 * case, 0)
         wide = tile_dot(tile, load_u8x64(codes + 64 * case), x + 96 * case, 1)
         narrow = tile_dot(tile, load_u8x64(small_codes + 64 * case), x + 96 * case, 0)
         tile_store(wide, wide_out + 192 * case, 64)
@@ -116,12 +116,12 @@ def vector_words(a, b, out, integers, low_bytes, sums, nibbles):
     store_f32x16(out + 256, splat_f32x16(largest_of_32(x, y)))
     rounded = round_i32x16(x)
     store_i8x16(low_bytes, rounded)
-    tile = tile_add_scaled(tile_zero(1), tile_zero_i32(1), x, b)
+    tile = tile_add_scaled(tile_zero(1), tile_zero_i32(tile_zero(1)), x, b)
     tile_store(tile, out + 320, 64)
-    tile_store(tile_splat_i32(2, integers, 4), integers + 64, 64)
+    tile_store(tile_splat_i32(tile_zero(2), integers, 4), integers + 64, 64)
     codes = load_u8x64(nibbles)
-    tile_store(tile_dot(tile_zero_i32(1), low_nibbles(codes), nibbles + 64, 0), sums + 64, 64)
-    tile_store(tile_dot(tile_zero_i32(1), high_nibbles(codes), nibbles + 64, 0), sums + 128, 64)
+    tile_store(tile_dot(tile_zero_i32(tile_zero(1)), low_nibbles(codes), nibbles + 64, 0), sums + 64, 64)
+    tile_store(tile_dot(tile_zero_i32(tile_zero(1)), high_nibbles(codes), nibbles + 64, 0), sums + 128, 64)
     return sum_i32x16(rounded)
 
 
@@ -206,7 +206,7 @@ def tile_words(x, vector, factors, out):
     tile_store(tile_add_vector(tile_load(4, x, 64), v), out + 512, 64)
     tile_store(tile_scale_rows(tile_load(4, x, 64), factors), out + 768, 64)
     tile_store(
-        tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(4, factors + 64, 0), v, factors), out + 1024, 64
+        tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(tile_zero(4), factors + 64, 0), v, factors), out + 1024, 64
     )
 
 

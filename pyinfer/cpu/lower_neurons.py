@@ -1,0 +1,187 @@
+"""Lowering of linears whose weights are kept neuron by neuron: few rows skip neurons, many rows make
+panels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyinfer.cpu import gather, linear_t_many, rows
+from pyinfer.cpu import linear as kernels
+from pyinfer.cpu import linear_at as kernels_at
+from pyinfer.cpu import linear_t as kernels_t
+from pyinfer.cpu.lower_linear import linear_operands, prepare, quantized, residual_of
+from pyinfer.cpu.scratch import Buffer
+from pyinfer.cpu.weights import Matrix
+from pyinfer.jit.team import DYNAMIC, STATIC
+from pyinfer.program.program import Op
+from pyinfer.quants.panels import PANEL_ROWS, U8, Layout, panels_of
+
+if TYPE_CHECKING:
+    from pyinfer.cpu.lowering import Lowering
+
+
+def linear_rows(lowering: Lowering, op: Op, position: int) -> None:
+    """A `linear` whose weights are kept neuron by neuron."""
+    linear_at(lowering, op, position)
+
+
+def linear_at(lowering: Lowering, op: Op, position: int) -> None:
+    matrix = lowering.machine.weights.matrices[op.weight.name]
+    x = lowering.input(op)
+    source = x if matrix.layout.is_float else prepare(lowering, op.inputs[0], x)
+    out = lowering.output(op, shared=True)
+    operands = np.zeros(kernels_at.OPERANDS, np.int64)
+    operands[: kernels.OPERANDS] = linear_operands(lowering, matrix, source, out)
+    operands[kernels_at.WIDTH], operands[kernels_at.BIAS] = matrix.rows, _bias(lowering, op)
+    if lowering.by_rows:
+        _few(lowering, op, matrix, operands, source, out)
+    else:
+        _all(lowering, op, matrix, operands, source, out)
+
+
+def _few(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, out: Buffer) -> None:
+    mask, tile = lowering.input(op, 1), lowering.tile[lowering.count]
+    width, thresholds = panels_of(matrix.rows) * PANEL_ROWS, op.params["thresholds"]
+    operands[kernels_at.MASK : kernels_at.MASK + 3] = mask.address, mask.stride, mask.private
+    if thresholds is not None:
+        padded = np.full(width, np.inf, np.float32)
+        padded[: matrix.rows] = thresholds
+        lowering.keep.append(padded)
+        operands[kernels_at.THRESHOLDS] = padded.ctypes.data
+    parts = {
+        kernels_at.TABLE: 2 * 8 * PANEL_ROWS,
+        kernels_at.RESULT: 4 * PANEL_ROWS * (-(-lowering.capacity[lowering.count] // 8) * 8),
+        kernels_at.LISTING: 4 * width,
+        kernels_at.PANEL: gather.gathered_bytes(matrix.layout, matrix.columns) + kernels_at.BLOCK_BYTES,
+    }
+    operands[kernels_at.SCRATCH : kernels_at.SCRATCH + 2] = _scratch(lowering, operands, parts)
+    operands[kernels_at.SLOTS] = lowering.machine.n_threads
+    items = ("panels", lowering.machine.n_threads)
+    kernel = kernels_at.linear_at(matrix.layout, tile, op.params["times"])
+    lowering.emit(kernel, operands, items, STATIC, [source, mask], out)
+
+
+def _all(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, out: Buffer) -> None:
+    """Every neuron, then times the mask; a guess is not needed."""
+    parts = {
+        kernels_at.TABLE: 2 * 8 * PANEL_ROWS,
+        kernels_at.PANEL: gather.gathered_bytes(matrix.layout, matrix.columns),
+    }
+    inner = operands[: kernels.OPERANDS].copy()
+    _inner(lowering, operands, matrix.layout, inner, parts)
+    items = ("panels", panels_of(matrix.rows))
+    lowering.emit(kernels_at.linear_rows(matrix.layout), operands, items, DYNAMIC, [source], out)
+    if op.params["times"]:
+        product = lowering.output(op)
+        lowering.row_op(rows.multiply, op.output.width, [out, lowering.input(op, 1)], product)
+        lowering.free(out)
+
+
+def linear_t(lowering: Lowering, op: Op, position: int) -> int:
+    residual, taken = residual_of(lowering, [op], position)
+    matrix, x = lowering.machine.weights.matrices[op.weight.name], lowering.input(op)
+    out = lowering.new_rows(op.output.width, shared=True)
+    lowering.buffers[op.output.index] = out
+    reads = [x]
+    operands = np.zeros(linear_t_many.OPERANDS, np.int64)
+    operands[kernels_t.WEIGHT], operands[kernels_t.STRIDE] = matrix.address, matrix.stride
+    operands[kernels_t.FEATURES], operands[kernels_t.WIDTH] = matrix.rows, matrix.columns
+    operands[kernels_t.COUNT], operands[kernels_t.BIAS] = lowering.count, _bias(lowering, op)
+    operands[kernels_t.X : kernels_t.X + 3] = x.address, x.stride, x.private
+    operands[kernels_t.OUT], operands[kernels_t.OUT_STRIDE] = out.address, out.stride
+    if residual is not None:
+        buffer = lowering.buffers[residual.index]
+        operands[kernels_t.RESIDUAL : kernels_t.RESIDUAL + 3] = buffer.address, buffer.stride, buffer.private
+        reads.append(buffer)
+        lowering.buffers[lowering.program.ops[position + 1].output.index] = out
+    if lowering.by_rows:
+        _skipping(lowering, matrix, operands, reads, out)
+    elif matrix.layout.is_float:
+        _columns(lowering, matrix, operands, reads, out)
+    else:
+        _slabs(lowering, matrix, operands, reads, out)
+    return taken
+
+
+def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
+    spans = -(-matrix.columns // kernels_t.span_of(matrix.layout))
+    listing = 4 * panels_of(matrix.rows) * PANEL_ROWS + 16 * kernels_t.BLOCK
+    n_bytes = kernels_t.sums_bytes(matrix.layout) * spans * lowering.capacity[lowering.count]
+    sums = lowering.new(n_bytes, 0, shared=True)
+    operands[kernels_t.LISTING : kernels_t.LISTING + 2] = lowering.thread_scratch(listing)
+    operands[kernels_t.SUMS] = sums.address
+    lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
+    lowering.free(sums)
+
+
+def _columns(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
+    inner = linear_operands(lowering, matrix, reads[0], out)
+    inner[kernels.COLUMNS] = matrix.rows
+    inner[kernels.RESIDUAL_STRIDE], inner[kernels.RESIDUAL_PRIVATE] = operands[
+        kernels_t.RESIDUAL_STRIDE : kernels_t.RESIDUAL_PRIVATE + 1
+    ]
+    operands[linear_t_many.NEURONS] = matrix.rows
+    parts = {linear_t_many.PANELS: matrix.rows * PANEL_ROWS * matrix.layout.bits // 8}
+    _inner(lowering, operands, matrix.layout, inner, parts)
+    items = ("panels", panels_of(matrix.columns))
+    lowering.emit(linear_t_many.columns(matrix.layout), operands, items, DYNAMIC, reads, out)
+
+
+def _slabs(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
+    span = kernels_t.span_of(matrix.layout)
+    spans = -(-matrix.columns // span)
+    sums = lowering.new_rows(spans * span, shared=True)
+    operands[kernels_t.SUMS], operands[linear_t_many.SUM_STRIDE] = sums.address, sums.stride
+    parts = {
+        linear_t_many.VALUES: linear_t_many.values_bytes(matrix.layout),
+        linear_t_many.PANELS: linear_t_many.panels_bytes(matrix.layout),
+    }
+    x = reads[0]
+    for first in range(0, matrix.rows, linear_t_many.SLAB):
+        slab = operands.copy()
+        neurons = min(linear_t_many.SLAB, matrix.rows - first)
+        source = quantized(lowering, x.view(4 * first), neurons)
+        slab[linear_t_many.FIRST], slab[linear_t_many.NEURONS] = first, neurons
+        inner = linear_operands(lowering, matrix, source, sums)
+        inner[kernels.RESIDUAL_STRIDE] = sums.stride
+        _inner(lowering, slab, U8, inner, parts)
+        before = [source, sums] if first else [source]
+        lowering.emit(linear_t_many.slab(matrix.layout), slab, ("panels", spans), DYNAMIC, before, sums)
+        lowering.free(source)
+    lowering.row_kernel(linear_t_many.finish(matrix.layout), operands, [sums, *reads[1:]], out)
+    lowering.free(sums)
+
+
+def _bias(lowering: Lowering, op: Op) -> int:
+    if op.bias is None:
+        return 0
+    bias = lowering.machine.weights.vectors[op.bias.name]
+    lowering.keep.append(bias)
+    return bias.ctypes.data
+
+
+def _scratch(lowering: Lowering, operands: np.ndarray, parts: dict[int, int]) -> tuple[int, int]:
+    """Thread scratch of these parts (operand -> bytes), whose places are written; its address and bytes."""
+    n_bytes = 0
+    for index, size in parts.items():
+        operands[index] = n_bytes
+        n_bytes += (size + 63) // 64 * 64
+    return lowering.thread_scratch(n_bytes)
+
+
+def _inner(lowering: Lowering, operands: np.ndarray, layout: Layout, inner: np.ndarray, parts: dict) -> None:
+    """Give every thread scratch and operands for the linear kernel, whose panels are the last of the parts.
+
+    LINEAR, INNER, SCRATCH and SCRATCH_BYTES follow each other at the same place in both kernels' operands.
+    """
+    address, stride = _scratch(lowering, operands, parts)
+    each = np.zeros((lowering.machine.n_threads, kernels_at.INNER_BYTES // 8), np.int64)
+    each[:, : kernels.OPERANDS] = inner
+    each[:, kernels.WEIGHT] = address + stride * np.arange(len(each)) + operands[list(parts)[-1]]
+    lowering.keep.append(each)
+    kernel = kernels.linear(layout, lowering.tile[lowering.count])
+    first = kernels_at.LINEAR
+    operands[first : first + 4] = kernel.address, each.ctypes.data, address, stride
