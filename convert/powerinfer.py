@@ -128,8 +128,8 @@ class WithPredictors:
 
     def metadata(self) -> dict[str, object]:
         found = self._source.metadata()
-        if self._predictors.threshold is not None:
-            found[names.POWERINFER_SPARSE_THRESHOLD] = self._predictors.threshold
+        # PowerInfer takes 0 where there is none; written, it says whose predictors these are.
+        found[names.POWERINFER_SPARSE_THRESHOLD] = self._predictors.threshold or 0.0
         return found
 
     def tensors(self) -> list[SourceTensor]:

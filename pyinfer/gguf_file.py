@@ -21,7 +21,7 @@ import numpy as np
 
 from pyinfer import names
 from pyinfer.errors import CapacityError, FormatError, ModelNotFoundError
-from pyinfer.gguf_metadata import Header, quoted, read_header
+from pyinfer.gguf_metadata import Header, TensorInfo, quoted, read_header
 from pyinfer.names import GGMLType
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -50,12 +50,24 @@ class Tensor:
         return self.data.size
 
 
+@dataclass(frozen=True)
+class Body:
+    """Where the `tensors` of one part lie: bytes `begin` to `end` of its file, padded to `alignment`."""
+
+    path: Path
+    tensors: list[TensorInfo]
+    begin: int
+    end: int
+    alignment: int
+
+
 class GGUFFile:
     """An open GGUF file.
 
     path : the file, or the first part of a split one;  version : 2 or 3;  file_bytes : of all parts together
     metadata : scalars as Python values, arrays of numbers as NumPy arrays, arrays of strings as list[str]
     tensors : by name, in the order of the file;  powerinfer : a file of PowerInfer (magic PWRI)
+    bodies : one for each part
     """
 
     def __init__(self, parts: list[_Part]):
@@ -64,6 +76,7 @@ class GGUFFile:
         self.powerinfer = parts[0].header.powerinfer
         self.metadata = parts[0].header.metadata
         self.file_bytes = sum(part.file_bytes for part in parts)
+        self.bodies = [part.body for part in parts]
         self.tensors: dict[str, Tensor] = {}
         self._places: dict[str, tuple[mmap.mmap, int]] = {}
         self._maps = [part.map for part in parts]
@@ -147,6 +160,12 @@ class _Part:
     @property
     def file_bytes(self) -> int:
         return len(self.map)
+
+    @property
+    def body(self) -> Body:
+        head = self.header
+        begin = min((info.start for info in head.tensors), default=head.data_end)
+        return Body(self.path, head.tensors, begin, head.data_end, head.alignment)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:

@@ -220,6 +220,7 @@ FFN_DOWN_T = "ffn_down_t"
 POST_FFW_NORM = "post_ffw_norm"
 FC1 = "fc1"
 FC2 = "fc2"
+FFN_WEIGHTS = (FFN_GATE, FFN_UP, FFN_DOWN, FFN_DOWN_T, FC1, FC2)
 
 
 def key(template: str, architecture: str) -> str:

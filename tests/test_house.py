@@ -20,22 +20,23 @@ LAYERS = (
     ("pyinfer.config", "pyinfer.cache_file"),
     ("pyinfer.download", "pyinfer.wheel"),
     ("pyinfer.model_store",),
-    ("pyinfer.jit", "pyinfer.text", "pyinfer.gguf_metadata"),
+    ("pyinfer.jit", "pyinfer.text", "pyinfer.gguf_metadata", "pyinfer.section_bytes"),
     ("pyinfer.gguf_file",),
+    ("pyinfer.section",),
     ("pyinfer.quants", "pyinfer.program"),
     ("pyinfer.cpu",),
     ("pyinfer.models",),
     ("pyinfer.neurons",),
     ("pyinfer.runtime",),
     ("pyinfer.llama",),
-    ("pyinfer.conversation",),
+    ("pyinfer.conversation", "pyinfer.interrupts", "pyinfer.cli_stats"),
     ("pyinfer.cli",),
     ("pyinfer.__main__", "pyinfer_convert"),
     ("pyinfer_tools",),
 )
 # Side by side in one layer, these do not know each other.
 STRANGERS = (
-    {"pyinfer.jit", "pyinfer.text", "pyinfer.gguf_metadata"},
+    {"pyinfer.jit", "pyinfer.text", "pyinfer.gguf_metadata", "pyinfer.section_bytes"},
     {"pyinfer.quants", "pyinfer.program"},
 )
 
@@ -49,6 +50,7 @@ OUTSIDE = {
     "gguf": r"pyinfer_(convert|tools)\..*",
     "huggingface_hub": r"pyinfer_convert\.hub",
     "mip": r"pyinfer\.neurons\.solver",
+    "matplotlib": r"pyinfer_tools\.plot_\w+",
     "llama_cpp": r"pyinfer_tools\..*",
     "torch": r"pyinfer_tools\..*",
     "transformers": r"pyinfer_tools\..*",
@@ -171,7 +173,7 @@ def test_the_library_prints_nothing_and_ends_nothing(module):
             assert called not in ("print", "exit", "quit", "os._exit", "os.abort"), where
             # The command line talks with a person; the library never does.
             talks = called in ("sys.exit", "signal.signal", "click.echo", "input")
-            assert not talks or module in ("pyinfer.cli", "pyinfer.__main__"), where
+            assert not talks or module in ("pyinfer.cli", "pyinfer.interrupts", "pyinfer.__main__"), where
 
 
 @every_module

@@ -1,13 +1,19 @@
-"""pyinfer-bench: how fast a model runs here, and how much of the machine's memory bandwidth that is."""
+"""pyinfer-bench: how fast a model runs here, and how much of the machine's memory bandwidth that is; or only
+what placing neurons needs to know of the machine (--hardware).
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import click
 
 from pyinfer.errors import PyInferError
+from pyinfer.neurons.hardware import GPUS, USUAL_GPU, Hardware, measure_hardware, write_hardware
+from pyinfer.runtime.loader import default_threads
 from pyinfer_tools.engine import Engine, median, open_session, token_bytes
 from pyinfer_tools.memory import peak_memory_bytes
 
@@ -88,8 +94,45 @@ def report(figures: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def hardware_report(hardware: Hardware) -> str:
+    """The figures of a machine as lines for people."""
+    shown = [
+        (hardware.cpu, "cpu_bytes_per_second", hardware.cpu_bytes_per_second / 1e9, "GB/s"),
+        (hardware.gpu, "gpu_bytes_per_second", hardware.gpu_bytes_per_second / 1e9, "GB/s"),
+        (hardware.gpu, "vram_bytes", hardware.vram_bytes / (1 << 30), "GiB"),
+        ("a meeting of both", "sync_seconds", hardware.sync_seconds * 1e6, "us"),
+    ]
+    lines = []
+    for label, name, value, unit in shown:
+        how = "measured" if name in hardware.measured else "not measured"
+        lines.append(f"{label:>30} {value:10,.1f} {unit:<5} {how}")
+    return "\n".join(lines)
+
+
+def _bench_hardware(options: dict[str, Any]) -> str:
+    hardware = measure_hardware(options["threads"] or default_threads(), options["gpu"])
+    if options["output"]:
+        write_hardware(options["output"], hardware)
+    return json.dumps(hardware.to_dict()) if options["as_json"] else hardware_report(hardware)
+
+
+def _bench_model(options: dict[str, Any]) -> str:
+    names = ("model", "threads", "n_prompt", "n_decode", "repeats", "batch")
+    figures = measure(**{name: options[name] for name in names})
+    return json.dumps(figures) if options["as_json"] else report(figures)
+
+
 @click.command()
-@click.option("-m", "--model", required=True, help="A GGUF file or the name of a known model.")
+@click.option("-m", "--model", help="A GGUF file or the name of a known model.")
+@click.option("--hardware", is_flag=True, help="Measure the machine instead, for pyinfer-convert place.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="With --hardware: write its file.")
+@click.option(
+    "--gpu",
+    type=click.Choice(list(GPUS), case_sensitive=False),
+    default=USUAL_GPU,
+    show_default=True,
+    help="With --hardware: the card whose data sheet stands for figures that cannot be measured.",
+)
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [as pyinfer-generate chooses]")
 @click.option("-p", "n_prompt", type=click.IntRange(0), default=512, show_default=True, help="Prompt tokens.")
 @click.option("-n", "n_decode", type=click.IntRange(0), default=64, show_default=True, help="Decode steps.")
@@ -98,15 +141,17 @@ def report(figures: dict[str, object]) -> str:
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences per step.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def main(
-    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int, as_json: bool
-) -> None:
-    """Measure prefill, decode, load and memory of a model."""
+def main(**options: Any) -> None:
+    """Measure prefill, decode, load and memory of a model, or the machine itself."""
+    if bool(options["model"]) == options["hardware"]:
+        raise click.UsageError("give either a model (-m) or --hardware")
+    if options["output"] and not options["hardware"]:
+        raise click.UsageError("-o is for --hardware; the figures of a model go to standard output")
     try:
-        figures = measure(model, threads, n_prompt, n_decode, repeats, batch)
-    except PyInferError as error:
-        raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(figures) if as_json else report(figures))
+        text = _bench_hardware(options) if options["hardware"] else _bench_model(options)
+    except (PyInferError, OSError, MemoryError) as error:
+        raise click.ClickException(str(error) or type(error).__name__) from error
+    click.echo(text)
 
 
 if __name__ == "__main__":

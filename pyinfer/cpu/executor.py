@@ -68,6 +68,7 @@ class Executor:
         step, n_rows, n_wanted = self._step, len(tokens), len(wanted)
         step.fill(tokens, positions, sequences, wanted)
         self.observed.n_rows = n_rows
+        self.observed.few_rows += n_rows if n_rows <= MOST_BY_ROWS else 0
         plan = self._plan(n_rows, n_wanted)
         together = PREFILL_ATTEND_ROWS if n_rows > 1 and sequences[0] == sequences[-1] else 1
         step.block[ATTEND_ROWS] = together

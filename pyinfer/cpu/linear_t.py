@@ -34,15 +34,21 @@ from pyinfer.jit.tiles import tile_load, tile_store
 from pyinfer.quants.neuron_rows import FLOAT_BLOCK
 from pyinfer.quants.panels import Layout
 
-# Operands, int64. FEATURES: neurons (rows of W), WIDTH: columns, LISTING: a thread's list of neurons, SUMS:
-# where sums of [row][span] lie.
+# Operands, int64. FEATURES: neurons (rows of W), WIDTH: columns, LISTING: a thread's list of neurons,
+# TABLES: bytes from there to its tables, SUMS: where sums of [row][span] lie.
 (
     WEIGHT, STRIDE, FEATURES, WIDTH, COUNT, X, X_STRIDE, X_PRIVATE, OUT, OUT_STRIDE, RESIDUAL,
-    RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS, LISTING, LISTING_BYTES, SUMS,
-) = range(17)  # fmt: skip
-OPERANDS = 17
+    RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS, LISTING, LISTING_BYTES, TABLES, SUMS,
+) = range(18)  # fmt: skip
+OPERANDS = 18
 
-BLOCK = 8  # neurons between two passes over the sums
+BLOCK, LARGE_BLOCK = 8, 32  # neurons between two passes over the sums, for one row of x and for several
+TABLE_BYTES = 12 * LARGE_BLOCK + 8  # addresses, values, and their count
+
+
+def tables_bytes(rows: int) -> int:
+    """Bytes of a thread's tables for so many rows of x."""
+    return (1 + rows) * TABLE_BYTES + 8
 
 
 def span_of(layout: Layout) -> int:
@@ -75,6 +81,26 @@ def first_value(given, t, thread, column):
     return value
 
 
+@inline
+def _point_block(given, tables, x, rows, listing, block, end, n):
+    """Tables for neurons [block, end): of every row of x the addresses and values of those that it has,
+    behind the addresses of the neurons after them; returns how many those are.
+    """
+    wanted, ahead = i32_at(listing), i64_at(tables)
+    following = min(end - block, n - end)
+    for i in range(following):
+        ahead[i] = given[WEIGHT] + wanted[end + i] * given[STRIDE]
+    for t in range(rows):
+        hidden, table = f32_at(x + t * given[X_STRIDE]), tables + (1 + t) * TABLE_BYTES
+        pointers, factors, count = i64_at(table), f32_at(table + 8 * LARGE_BLOCK), 0
+        for i in range(block, end):
+            f = wanted[i]
+            pointers[count], factors[count] = given[WEIGHT] + f * given[STRIDE], hidden[f]
+            count += hidden[f] != float32(0)
+        pointers[LARGE_BLOCK + LARGE_BLOCK // 2] = count
+    return following
+
+
 def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
     positions = 32 // bits
     together = group * bits // 16
@@ -89,7 +115,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         given = i64_at(operands)
         rows, spans = i64_at(step)[given[COUNT]], (given[WIDTH] + 128 * 4 // bits - 1) // (128 * 4 // bits)
         listing = given[LISTING] + thread * given[LISTING_BYTES]
-        x, wanted = given[X] + thread * given[X_PRIVATE], i32_at(listing)
+        x = given[X] + thread * given[X_PRIVATE]
         n = select(x, given[X_STRIDE], rows, given[FEATURES], 0, listing)
         chunks = (given[WIDTH] + 2 * group - 1) // (2 * group)
         scales = (chunks * together + 15) // 16 * 64
@@ -97,32 +123,27 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         for t in range(rows):
             for at in range(size * first, size * last, 64):
                 store_f32x16(given[SUMS] + t * spans * size + at, splat_f32x16(float32(0)))
-        here = i64_at(listing + given[LISTING_BYTES] - 16 * BLOCK)  # addresses of the rows of this block
-        next_rows = i64_at(listing + given[LISTING_BYTES] - 8 * BLOCK)
-        for block in range(0, n, BLOCK):
-            count, following = min(BLOCK, n - block), max(0, min(BLOCK, n - block - BLOCK))
-            for i in range(count):
-                here[i] = given[WEIGHT] + wanted[block + i] * given[STRIDE]
-            for i in range(following):
-                next_rows[i] = given[WEIGHT] + wanted[block + BLOCK + i] * given[STRIDE]
+        tables = listing + given[TABLES]
+        together_rows = BLOCK if rows == 1 else LARGE_BLOCK
+        for block in range(0, n, together_rows):
+            end = min(block + together_rows, n)
+            following = _point_block(given, tables, x, rows, listing, block, end, n)
+            ahead = i64_at(tables)
             for span in range(first, last):
                 at_scale = scales + scale_bytes * span
                 for i in range(following):
-                    prefetch(next_rows[i] + 64 * span)
+                    prefetch(ahead[i] + 64 * span)
                 if span == first or span * scale_bytes % 64 == 0:
                     for i in range(following):
-                        prefetch(next_rows[i] + at_scale)
+                        prefetch(ahead[i] + at_scale)
                         if has_minimum:
-                            prefetch(next_rows[i] + minima - scales + at_scale)
+                            prefetch(ahead[i] + minima - scales + at_scale)
                 for t in range(rows):
-                    sums = given[SUMS] + (t * spans + span) * size
-                    hidden = f32_at(x + t * given[X_STRIDE])
+                    sums, table = given[SUMS] + (t * spans + span) * size, tables + (1 + t) * TABLE_BYTES
+                    pointers, factors = i64_at(table), f32_at(table + 8 * LARGE_BLOCK)
                     total = tile_load(tokens, sums, 64)
-                    for i in range(count):
-                        value, row = hidden[wanted[block + i]], here[i]
-                        if rows > 1 and value == float32(0):
-                            continue
-                        factor = splat_f32x16(value)
+                    for i in range(pointers[LARGE_BLOCK + LARGE_BLOCK // 2]):
+                        row, factor = pointers[i], splat_f32x16(factors[i])
                         scale = mul_f32x16(load_scales(row + at_scale, lanes), factor)
                         shift = scale
                         if has_minimum:

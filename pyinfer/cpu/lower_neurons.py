@@ -108,10 +108,13 @@ def linear_t(lowering: Lowering, op: Op, position: int) -> int:
 
 def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
     spans = -(-matrix.columns // kernels_t.span_of(matrix.layout))
-    listing = 4 * panels_of(matrix.rows) * PANEL_ROWS + 16 * kernels_t.BLOCK
+    parts = {
+        kernels_t.LISTING: 4 * panels_of(matrix.rows) * PANEL_ROWS,
+        kernels_t.TABLES: kernels_t.tables_bytes(lowering.capacity[lowering.count]),
+    }
     n_bytes = kernels_t.sums_bytes(matrix.layout) * spans * lowering.capacity[lowering.count]
     sums = lowering.new(n_bytes, 0, shared=True)
-    operands[kernels_t.LISTING : kernels_t.LISTING + 2] = lowering.thread_scratch(listing)
+    operands[kernels_t.LISTING : kernels_t.LISTING + 2] = _scratch(lowering, operands, parts)
     operands[kernels_t.SUMS] = sums.address
     lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
     lowering.free(sums)

@@ -12,6 +12,7 @@ from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import STATIC
 from pyinfer.program.program import Op
+from pyinfer.program.sparsity import STATS
 from pyinfer.quants import quant
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def keep(lowering: Lowering, op: Op, position: int) -> None:
 
 def observe(lowering: Lowering, op: Op, position: int) -> None:
     """Once for every row, by whichever thread has it: unlike other row operations also in a step of one."""
+    if op.params["what"] in STATS and not lowering.by_rows:
+        return  # where nothing is skipped
     array = lowering.machine.observed.array(op.params["what"], op.params["layer"])
     lowering.keep.append(array)
     x = lowering.input(op)

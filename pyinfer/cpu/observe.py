@@ -14,7 +14,7 @@ from pyinfer.cpu.rows import IN, WIDTH, row_at
 from pyinfer.jit.kernel import Kernel, kernel
 from pyinfer.jit.memory import f32_at, float_to_bits, i64_at
 from pyinfer.program.program import Program
-from pyinfer.program.sparsity import HISTOGRAM_BINS, HISTOGRAM_SHIFT
+from pyinfer.program.sparsity import HISTOGRAM_BINS, HISTOGRAM_SHIFT, STATS
 
 # Operands behind those of row kernels: int64 counters and their bytes per thread, or rows and bytes per row.
 COUNTERS, COUNTER_BYTES = 11, 12
@@ -54,7 +54,7 @@ def keep_rows(operands, step, first, last, thread):
             out[f] = x[f]
 
 
-KERNELS = {"fired": fired, "histogram": histogram}
+KERNELS = {"fired": fired, "histogram": histogram, **dict.fromkeys(STATS, fired)}
 
 
 def kernel_for(what: str) -> Kernel:
@@ -66,6 +66,7 @@ class Observed:
 
     def __init__(self, program: Program, n_threads: int, capacity: int) -> None:
         self.n_rows = 0  # of the last step
+        self.few_rows = 0  # of all steps that skip neurons
         self._arrays: dict[tuple[str, int], np.ndarray] = {}
         for op in program.ops:
             if op.name == "observe":
@@ -89,5 +90,6 @@ class Observed:
         return array.sum(0) if what in KERNELS else array[: self.n_rows].copy()
 
     def reset(self) -> None:
+        self.few_rows = 0
         for array in self._arrays.values():
             array.fill(0)

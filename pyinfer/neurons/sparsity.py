@@ -2,15 +2,76 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 
 from pyinfer import names
-from pyinfer.errors import InputError
+from pyinfer.errors import FormatError, InputError
 from pyinfer.gguf_file import GGUFFile
+from pyinfer.neurons.placement import ON_CPU, Placement, often
+from pyinfer.neurons.predictor import RAW, RELU, Predictors, predictor_ranks
+from pyinfer.neurons.profile import Profile
 from pyinfer.program.program import Program
-from pyinfer.program.sparsity import DENSE, EXACT, OBSERVED, FFNPlan, LayerPlan
+from pyinfer.program.sparsity import DENSE, EXACT, OBSERVED, PREDICTED, FFNPlan, LayerPlan
+from pyinfer.section import Entry, Section, read_section
 
+AUTO, CATS = "auto", "cats"
+MODES = (AUTO, EXACT, PREDICTED, f"{CATS}=SHARE", DENSE)
 ZEROING = ("relu", "relu2", "fatrelu", "drelu")  # activations that are exactly 0 for many neurons
+MOST_CATS = 0.95
+
+_T = TypeVar("_T")
+
+
+def plan_ffn(
+    file: GGUFFile, dense: Program, sparsity: str = AUTO, observe: str | None = None
+) -> tuple[FFNPlan, list[str]]:
+    """The plan, and sentences that the user should read.
+
+    dense : the program without a plan;  sparsity : auto, exact, predicted, cats=SHARE or dense
+    Raises InputError for what this model cannot do. A section that cannot be used is one of the sentences.
+    """
+    mode, share = parse_sparsity(sparsity)
+    if observe is not None and observe not in OBSERVED:
+        raise InputError(f"observe is {observe!r}, expected one of {', '.join(OBSERVED)}")
+    if mode == DENSE or (observe is not None and observe != "stats"):
+        return FFNPlan(observe=observe), []
+    facts = _Facts(file, dense)
+    if mode == AUTO:
+        mode = facts.best()
+    if mode == CATS:
+        layers = facts.thresholded(share)
+    elif mode == PREDICTED:
+        layers = facts.predicted()
+    elif mode == EXACT:
+        if not facts.zeroing:
+            raise InputError(
+                f"{file.path}: sparsity is exact, but {facts.activation or 'its activation'} leaves no "
+                f"neuron at zero; use {CATS}=0.25 (after pyinfer-convert profile) or {DENSE}"
+            )
+        layers = (LayerPlan(EXACT),) * facts.n_layers
+    else:
+        layers = ()
+    return FFNPlan(layers, observe), facts.notices
+
+
+def parse_sparsity(text: str) -> tuple[str, float]:
+    """The mode, and the share of neurons for cats=SHARE. Raises InputError."""
+    mode, _, share = text.partition("=")
+    if mode == CATS:
+        try:
+            number = float(share)
+        except ValueError:
+            number = math.nan
+        if not 0 < number <= MOST_CATS:
+            raise InputError(f"sparsity is {text!r}, expected {CATS}= a number above 0 and up to {MOST_CATS}")
+        return mode, number
+    if share or mode not in MODES:
+        raise InputError(f"sparsity is {text!r}, expected one of {', '.join(MODES)}")
+    return mode, 0.0
 
 
 def activation_of(program: Program) -> str:
@@ -24,20 +85,96 @@ def fires_rarely(program: Program) -> bool:
     return activation_of(program) in ZEROING
 
 
-def plan_ffn(
-    file: GGUFFile, dense: Program, sparsity: str = "auto", observe: str | None = None
-) -> tuple[FFNPlan, list[str]]:
-    """The plan, and sentences that the user should read.
+class _Facts:
+    """What a file says of its neurons."""
 
-    `dense` is the program without a plan. Raises InputError for a sparsity that this model cannot have.
-    """
-    if observe is not None and observe not in OBSERVED:
-        raise InputError(f"observe is {observe!r}, expected one of {', '.join(OBSERVED)}")
-    n_layers = dense.cache.layers
-    if observe is not None or sparsity == DENSE:
-        return FFNPlan(observe=observe), []
-    if sparsity == "exact" or (
-        sparsity == "auto" and fires_rarely(dense) and names.weight(names.FFN_DOWN_T, 0) in file.tensors
-    ):
-        return FFNPlan((LayerPlan(EXACT),) * n_layers), []
-    return FFNPlan(), []
+    def __init__(self, file: GGUFFile, dense: Program) -> None:
+        self.file, self.notices = file, []
+        self.activation = activation_of(dense)
+        self.zeroing = fires_rarely(dense)
+        self.n_layers = dense.cache.layers
+        self.width, self.n_neurons = file.tensors[names.weight(names.FFN_UP, 0)].shape[:2]
+        self.neuron_major = names.weight(names.FFN_DOWN_T, 0) in file.tensors
+        self._section: Section | None = None
+        try:
+            self._section = read_section(file)
+        except FormatError as error:
+            self.notices.append(f"{error}; the model runs without it")
+
+    def best(self) -> str:
+        """Predicted where there are predictors, exact where zeros are worth it, else dense."""
+        if not (self.zeroing and self.neuron_major):
+            return DENSE
+        return PREDICTED if names.weight(names.FC1, 0) in self.file.tensors else EXACT
+
+    def entry(self, name: str, read: Callable[[Entry, int, int], _T]) -> _T | None:
+        """An entry of the section, None (and a sentence) where it does not fit the model."""
+        if self._section is None or name not in self._section.entries:
+            return None
+        try:
+            return read(self._section.entries[name], self.n_layers, self.n_neurons)
+        except FormatError as error:
+            self.notices.append(f"{self.file.path}: {error}; the model runs without it")
+            return None
+
+    def thresholded(self, share: float) -> tuple[LayerPlan, ...]:
+        """CATS: so much of |act(gate)| counts as zero, by the profile's histogram of each layer."""
+        profile = self.entry("profile", Profile.from_entry)
+        if profile is None or profile.histogram is None:
+            raise InputError(
+                f"{self.file.path}: {CATS} needs a profile of the activations; "
+                f"make one with: pyinfer-convert profile {self.file.path} --text FILE"
+            )
+        return tuple(LayerPlan(EXACT, keep=profile.quantile(n, share)) for n in range(self.n_layers))
+
+    def predicted(self) -> tuple[LayerPlan, ...]:
+        """By the file's predictors; exact, or dense, and a sentence, where they cannot be used."""
+        try:
+            found = self._predictors()
+        except FormatError as error:
+            self.notices.append(f"{error}; the model runs without predictors")
+            found = None
+        if found is None:
+            return (LayerPlan(EXACT if self.zeroing else DENSE),) * self.n_layers
+        forms, inputs, thresholds = found
+        thresholds = np.where(self.hot(), np.float32(-np.inf), thresholds)
+        return tuple(
+            LayerPlan(PREDICTED, thresholds=each, form=form, input=source)
+            for form, source, each in zip(forms, inputs, thresholds)
+        )
+
+    def _predictors(self) -> tuple[list[str], list[str], np.ndarray]:
+        """Form and input of every layer's predictor, and thresholds float32 [L, F].
+
+        Raises InputError where the file has none, FormatError where they do not fit.
+        """
+        ranks = predictor_ranks(self.file, self.n_layers, self.width, self.n_neurons)
+        if ranks is None:
+            raise InputError(
+                f"{self.file.path} has no predictors; make some with: "
+                f"pyinfer-convert predict {self.file.path} --text FILE, or use exact"
+            )
+        predictors = self.entry("predictors", Predictors.from_entry)
+        if predictors is not None:
+            predictors.agree_with(ranks)
+            forms, inputs = (
+                [getattr(each, name) for each in predictors.layers] for name in ("form", "input")
+            )
+            return forms, inputs, predictors.thresholds
+        if names.POWERINFER_SPARSE_THRESHOLD not in self.file.metadata and not self.file.powerinfer:
+            raise FormatError(f"{self.file.path}: its predictors' thresholds are missing from its section")
+        threshold = self.file.get(names.POWERINFER_SPARSE_THRESHOLD, 0.0)
+        if not isinstance(threshold, float) or not math.isfinite(threshold):
+            raise FormatError(f"{self.file.path}: {names.POWERINFER_SPARSE_THRESHOLD} is no finite number")
+        level = np.full((self.n_layers, self.n_neurons), threshold, np.float32)
+        return [RELU] * self.n_layers, [RAW] * self.n_layers, level
+
+    def hot(self) -> np.ndarray:
+        """bool [L, F]: neurons that are computed always, as a prediction would cost more than it saves."""
+        placement = self.entry("placement", Placement.from_entry)
+        if placement is not None and placement.processor == ON_CPU:
+            return placement.hot
+        profile = self.entry("profile", Profile.from_entry)
+        if profile is None or profile.histogram is not None:
+            return np.zeros((self.n_layers, self.n_neurons), bool)
+        return often(profile.counts, profile.tokens)

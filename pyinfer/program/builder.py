@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pyinfer import names
 from pyinfer.errors import FormatError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile, Tensor
@@ -232,27 +234,36 @@ class Builder:
         """
         plan, gated = self._plan.layer(layer.block), layer.has(names.FFN_GATE)
         first = layer.ffn_gate if gated else layer.ffn_up
-        dual = gated and activation == "drelu"  # relu(g) * relu(u) is relu(relu(g) * u)
+        scores = None
         if plan.mode == PREDICTED:
-            g = self.linear_at(
-                x, self._scores(x, raw, layer, plan), first, times=False, thresholds=plan.thresholds
-            )
+            scores = self._scores(x, raw, layer, plan)
+            g = self.linear_at(x, scores, first, times=False, thresholds=plan.thresholds)
         else:
             g = self.linear(x, first, width)
         if plan.mode == DENSE and gated:
             hidden = self.gate(activation, g, self.linear(x, layer.ffn_up, width))
         else:
-            hidden = self.activate("relu" if dual else activation, g)
-            if plan.keep:
-                hidden = self.keep(hidden, plan.keep)
+            hidden = self._active(plan, activation, g)
+            if self._plan.observe == "stats":
+                whole = None
+                if scores is not None:
+                    every = np.full(width, -np.inf, np.float32)
+                    g_whole = self.linear_at(x, scores, first, times=False, thresholds=every)
+                    whole = self._active(plan, activation, g_whole)
+                self._count(layer.block, g, hidden, whole)
             if gated:
                 hidden = self.linear_at(x, hidden, layer.ffn_up, times=True)
-            if dual:
+            if gated and activation == "drelu":
                 hidden = self.activate("relu", hidden)
         self._observe(layer, x, raw, g, hidden, activation)
         if layer.has(names.FFN_DOWN_T):
             return self.linear_t(hidden, layer.ffn_down_t, x.width)
         return self.linear(hidden, layer.ffn_down, x.width)
+
+    def _active(self, plan: LayerPlan, activation: str, g: Value) -> Value:
+        """The activation alone; of dReLU the first half, as relu(g) * relu(u) is relu(relu(g) * u)."""
+        active = self.activate("relu" if activation == "drelu" else activation, g)
+        return self.keep(active, plan.keep) if plan.keep else active
 
     def _scores(self, x: Value, raw: Value | None, layer: Weights, plan: LayerPlan) -> Value:
         """What the layer's predictor says of every neuron."""
@@ -264,6 +275,15 @@ class Builder:
             small = self.activate("relu", small)
         return self.linear(small, layer.fc2, layer.fc2.tensor.rows)
 
+    def _count(self, block: int | None, g: Value, active: Value, whole: Value | None) -> None:
+        """Count what `pyinfer.program.sparsity.STATS` says; `whole`: of a layer with predictor, what `active`
+        would be without.
+        """
+        if whole is not None:
+            for what, value in (("computed", g), ("caught", active), ("truth", whole)):
+                self.observe(what, value, block)
+        self.observe("used", active, block)
+
     def _observe(
         self, layer: Weights, x: Value, raw: Value | None, g: Value, hidden: Value, activation: str
     ) -> None:
@@ -271,9 +291,7 @@ class Builder:
         if what == "fired":
             self.observe("fired", hidden, layer.block)
         elif what == "histogram":
-            self.observe(
-                "histogram", self.activate("relu" if activation == "drelu" else activation, g), layer.block
-            )
+            self.observe("histogram", self._active(LayerPlan(), activation, g), layer.block)
         elif what == "rows":
             for name, value in (("x", x), ("raw", raw), ("gate", g), ("hidden", hidden)):
                 if value is not None:

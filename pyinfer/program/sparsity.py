@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 DENSE, EXACT, PREDICTED = "dense", "exact", "predicted"
-OBSERVED = ("fired", "histogram", "rows")
+OBSERVED = ("fired", "histogram", "rows", "stats")
+# What "stats" counts, in steps of few rows only: neurons whose gate was computed, of those the ones that
+# fired, all that would have fired, and what went on to the output weights.
+STATS = ("computed", "caught", "truth", "used")
 HISTOGRAM_BINS = 4096
 HISTOGRAM_SHIFT = 19  # a bin is the upper 12 bits below the sign of |act(gate)|: 16 bins per octave
 
@@ -43,3 +46,7 @@ class FFNPlan:
 
     def layer(self, index: int | None) -> LayerPlan:
         return self.layers[index] if self.layers and index is not None else LayerPlan()
+
+    @property
+    def modes(self) -> set[str]:
+        return {each.mode for each in self.layers} or {DENSE}

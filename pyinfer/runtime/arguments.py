@@ -71,7 +71,8 @@ def check_load_arguments(n_ctx: object, n_threads: object, keywords: Mapping[str
     for name, value in keywords.items():
         if name not in LOAD_KEYWORDS:
             raise TypeError(
-                f"unknown keyword {name!r}; a model is opened with n_ctx, n_threads, seed, progress"
+                f"unknown keyword {name!r}; a model is opened with n_ctx, n_threads, seed, progress, "
+                "sparsity, observe"
             )
         neutral, reason = LOAD_KEYWORDS[name]
         if value is not None and neutral is not None and not any(value == each for each in neutral):

@@ -44,8 +44,8 @@ class Model:
     ) -> None:
         self.file = file
         self.hparams, dense = build_program(file)
-        plan, self.notices = plan_ffn(file, dense, sparsity, observe)
-        self.program = build_program(file, plan)[1]
+        self.plan, self.notices = plan_ffn(file, dense, sparsity, observe)
+        self.program = build_program(file, self.plan)[1]
         self.weights = Weights(self.program, file, team, progress)
 
     @cached_property

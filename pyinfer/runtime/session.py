@@ -66,6 +66,11 @@ class Session:
             raise InputError(f"{what!r} of layer {layer} is not observed; load the model with observe=...")
         return found
 
+    @property
+    def few_tokens(self) -> int:
+        """Tokens that ran in steps of so few rows that neurons are skipped, since `reset_observed`."""
+        return self._executor.observed.few_rows
+
     def reset_observed(self) -> None:
         self._executor.observed.reset()
 

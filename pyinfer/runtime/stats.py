@@ -1,0 +1,71 @@
+"""What a sparse model really skipped: how many neurons of each layer fired, or were predicted to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyinfer import names
+from pyinfer.errors import InputError
+from pyinfer.program.sparsity import DENSE, PREDICTED
+from pyinfer.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Shares of a layer's neurons, averaged over tokens.
+
+    fired : went on to the output weights;  computed : whose gate was computed (predicted ones, or all)
+    recall : of those that would have fired, the part that was predicted; 1 without a predictor
+    hot : computed always;  skipped : part of the layer's weight bytes that was not read
+    """
+
+    layer: int
+    mode: str
+    fired: float
+    computed: float
+    recall: float
+    hot: float
+    skipped: float
+
+
+def layer_stats(session: Session) -> list[LayerStats]:
+    """Of all tokens that the session ran in steps of few rows since it began.
+
+    Raises InputError for a model that was not loaded with observe="stats", or before any such token.
+    """
+    model, tokens = session.model, session.few_tokens
+    if model.plan.observe != "stats":
+        raise InputError('nothing was counted; load the model with observe="stats"')
+    if not tokens:
+        raise InputError("nothing was counted yet; generate some tokens first")
+    return [_of_layer(session, layer, tokens) for layer in range(model.hparams.block_count)]
+
+
+def _of_layer(session: Session, layer: int, tokens: int) -> LayerStats:
+    model = session.model
+    plan = model.plan.layer(layer)
+    if plan.mode == DENSE:
+        return LayerStats(layer, DENSE, 1.0, 1.0, 1.0, 0.0, 0.0)
+    used = session.observed("used", layer)
+    neurons = len(used) * tokens
+    fired, computed, recall, hot = used.sum() / neurons, 1.0, 1.0, 0.0
+    if plan.mode == PREDICTED:
+        computed = session.observed("computed", layer).sum() / neurons
+        truth = session.observed("truth", layer).sum()
+        recall = float(session.observed("caught", layer).sum() / truth) if truth else 1.0
+        hot = float(np.isneginf(plan.thresholds).mean())
+    sizes = {name: _bytes(model, layer, name) for name in names.FFN_WEIGHTS}
+    gated = sizes[names.FFN_GATE] > 0
+    first = sizes[names.FFN_GATE] if gated else sizes[names.FFN_UP]
+    rest = sizes[names.FFN_DOWN_T] + (sizes[names.FFN_UP] if gated else 0)
+    predictor = sizes[names.FC1] + sizes[names.FC2] if plan.mode == PREDICTED else 0
+    whole = first + rest + sizes[names.FFN_DOWN]
+    read = computed * first + fired * rest + sizes[names.FFN_DOWN] + predictor
+    return LayerStats(layer, plan.mode, float(fired), float(computed), recall, hot, float(1 - read / whole))
+
+
+def _bytes(model, layer: int, name: str) -> int:
+    tensor = model.file.tensors.get(names.weight(name, layer))
+    return tensor.nbytes if tensor is not None else 0
