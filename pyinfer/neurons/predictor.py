@@ -22,7 +22,7 @@ from pyinfer.section import Entry
 RELU, LINEAR = FORMS = "relu", "linear"
 NORM, RAW = INPUTS = "norm", "raw"
 _SHARES = ("recall", "precision", "predicted", "fired")
-_MOST_RANK = 1 << 20
+_MOST_RANK, _MOST_TOKENS = 1 << 20, 1 << 62
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Predictors:
         return cls(layers, thresholds)
 
     def agree_with(self, ranks: list[int]) -> None:
-        """Raises FormatError where the file's matrices have other ranks than these (see `predictor_ranks`)."""
+        """Raises FormatError where the file's matrices have other ranks (see `predictor_ranks`)."""
         for layer, (quality, rank) in enumerate(zip(self.layers, ranks)):
             if quality.rank != rank:
                 raise FormatError(
@@ -104,8 +104,8 @@ def _quality(given: object, layer: int) -> PredictorQuality:
     for name, value in values.items():
         if not _is_sound(name, value):
             raise FormatError(
-                f"the predictors' entry says {name} {value!r:.40} of layer {layer}, expected {_EXPECTED[name]}; "
-                "make new predictors"
+                f"the predictors' entry says {name} {value!r:.40} of layer {layer}, "
+                f"expected {_EXPECTED[name]}; make new predictors"
             )
     for name in ("threshold", *_SHARES):
         values[name] = float(values[name])
@@ -131,7 +131,8 @@ def _is_sound(name: str, value: object) -> bool:
         return 0 <= value <= 1
     if name == "threshold":
         return value < math.inf
-    return isinstance(value, int) and (1 if name == "rank" else 0) <= value <= (_MOST_RANK if name == "rank" else 1 << 62)
+    least, most = (1, _MOST_RANK) if name == "rank" else (0, _MOST_TOKENS)
+    return isinstance(value, int) and least <= value <= most
 
 
 def predictor_ranks(file: GGUFFile, n_layers: int, width: int, n_neurons: int) -> list[int] | None:

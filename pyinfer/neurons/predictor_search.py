@@ -1,7 +1,7 @@
 """How large the predictor of each layer should be: one budget, divided where it saves most.
 
-Source: PowerInfer, arXiv 2312.12456, section 5.1: sparse and skewed layers need small predictors. Here that is
-not estimated from their sparsity but follows from how many neurons each size would have to compute.
+Source: PowerInfer, arXiv 2312.12456, section 5.1: sparse and skewed layers need small predictors. Here that
+is not estimated from their sparsity but follows from how many neurons each size would have to compute.
 """
 
 from __future__ import annotations
