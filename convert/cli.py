@@ -1,5 +1,6 @@
 """`pyinfer-convert`: a Hugging Face checkpoint or a GGUF file becomes a GGUF file of the types asked for.
 
+Commands of their own, in files named after them, add what was learned about the neurons of such a file.
 Everything it says goes to standard error. Exit codes: 0 done, 1 something is wrong with the input (one
 sentence), 2 wrong usage, 130 interrupted, 143 ended from outside, 129 its terminal was closed.
 """
@@ -7,6 +8,7 @@ sentence), 2 wrong usage, 130 interrupted, 143 ended from outside, 129 its termi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import signal
 import sys
@@ -28,6 +30,11 @@ _SIGNALLED = 128  # and the signal's number is the exit code, as shells have it
 _ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 ]
+COMMANDS = {
+    "profile": "Count on a text how often each neuron of a model fires.",
+    "predict": "Add predictors, which tell beforehand what will fire.",
+    "place": "Choose the neurons that a GPU keeps.",
+}
 _QUANT_IN_NAME = re.compile(r"[-._](" + "|".join(QUANTS) + r"|q[2-8]_k(_[sml])?|fp16|fp32)$", re.IGNORECASE)
 
 
@@ -185,10 +192,32 @@ def _exit_code(options: dict[str, Any]) -> int:
         return 1
 
 
+class _WithCommands(click.Command):
+    """The conversion; a first argument that names one of COMMANDS makes it that, imported when asked for."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] in COMMANDS:
+            command = getattr(importlib.import_module(f"pyinfer_convert.cli_{args[0]}"), args[0])
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Commands, each with its own --help"):
+            formatter.write_dl([(f"{name} MODEL", text) for name, text in COMMANDS.items()])
+
+
 _QUANT = click.Choice(list(QUANTS))
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=_WithCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.argument("source", metavar="SRC")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The new file.  [SRC's name and quant]")
 @click.option("--quant", type=_QUANT, default="q4_0", show_default=True, help="Type of the matrices.")
@@ -217,6 +246,8 @@ def main(context: click.Context, **options: Any) -> None:
     """Make a GGUF file of SRC: the folder of a Hugging Face checkpoint, organisation/name, or a GGUF file.
 
     Example: pyinfer-convert stories15M -o story.gguf --quant q4_0
+
+    A folder with the name of a command is given as ./profile.
     """
     if options["plain"] and (options["predictor"] or options["format_"] == "powerinfer"):
         other = "--predictor" if options["predictor"] else "--format powerinfer"

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -24,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyinfer import PyInferError, __version__
+from pyinfer.cli_stats import loss_line, stats_lines, stats_object
 from pyinfer.errors import InputError
+from pyinfer.interrupts import interruptible, remembered_interrupts
 from pyinfer.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,9 +46,11 @@ SAMPLING = (
     "presence_penalty",
 )
 
+CHAT_MODEL = "smollm2-135m"  # for those who want to chat
+
 # What the library calls by another name than the command line does.
 OPTION_NAMES = {"n_ctx": "--ctx", "n_threads": "--threads", "max_tokens": "--max-tokens", "stop": "--stop"}
-OPTION_NAMES |= {"temperature": "--temp", "seed": "--seed"}
+OPTION_NAMES |= {"temperature": "--temp", "seed": "--seed", "sparsity": "--sparsity"}
 OPTION_NAMES |= {name: f"--{name.replace('_', '-')}" for name in SAMPLING[1:]}
 # As the subject of a sentence, and where no other word is meant also inside of one; never in a path.
 _LIBRARY_NAME = re.compile(
@@ -59,69 +62,6 @@ Opener = Callable[[dict[str, Any]], "Llama"]
 
 def _note(text: str) -> None:
     click.echo(text, err=True)
-
-
-@contextlib.contextmanager
-def _interruptible(llm: Llama, began: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Once the answer `began`, the first Ctrl-C ends it between two tokens; others raise KeyboardInterrupt.
-
-    What comes before may be the compilation of kernels, which looks at no cancellation.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers belong to the main thread
-        return
-    count = 0
-
-    def on_interrupt(*_: object) -> None:
-        nonlocal count
-        count += 1
-        llm.cancel()
-        if count > 1 or not began():
-            if callable(previous):
-                previous(signal.SIGINT, None)  # who remembers interrupts
-            raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def _remembered_interrupts() -> Iterator[Callable[[], None]]:
-    """Yields a check that raises KeyboardInterrupt for a Ctrl-C that came and was dropped.
-
-    Python drops one that comes in a destructor or a callback, libraries in a bare except.
-    """
-    came = False
-
-    def on_interrupt(*_: object) -> None:
-        nonlocal came
-        came = True
-        raise KeyboardInterrupt
-
-    def report(unraisable: Any) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            previous_report(unraisable)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    in_main = threading.current_thread() is threading.main_thread()
-    previous_report, sys.unraisablehook = sys.unraisablehook, report
-    previous = signal.signal(signal.SIGINT, on_interrupt) if in_main else None
-    try:
-        yield check
-    except Exception as error:
-        if came:  # dropped in a callback, it broke what a library was doing, such as a compilation
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        sys.unraisablehook = previous_report
-        if in_main:
-            signal.signal(signal.SIGINT, previous)
 
 
 def _read_stdin() -> str:
@@ -162,7 +102,14 @@ def _open_llama(options: dict[str, Any]) -> Llama:
     if kernel_cache_is_cold():
         _note(_compile_notice(cache_folder()))
     with Progress(sys.stderr, "loading") as progress:
-        return Llama(path, n_ctx=options["ctx"], n_threads=options["threads"], progress=progress)
+        return Llama(
+            path,
+            n_ctx=options["ctx"],
+            n_threads=options["threads"],
+            sparsity=options["sparsity"],
+            observe="stats" if options["stats"] else None,
+            progress=progress,
+        )
 
 
 def _compile_notice(folder: Path) -> str:
@@ -202,7 +149,7 @@ def _show(segments: Iterator[Segment]) -> Segment:
     return segment
 
 
-def _show_json(segments: Iterator[Segment], llm: Llama, load_seconds: float) -> Segment:
+def _show_json(segments: Iterator[Segment], llm: Llama, load_seconds: float, with_stats: bool) -> Segment:
     """Write one JSON object about a whole answer; the last segment."""
     parts = list(segments)
     last = parts[-1]
@@ -223,6 +170,8 @@ def _show_json(segments: Iterator[Segment], llm: Llama, load_seconds: float) -> 
             "decode_tokens_per_second": stats.decode_tokens_per_second,
         },
     }
+    if with_stats:
+        answer["sparsity"] = stats_object(llm)
     click.echo(json.dumps(answer, ensure_ascii=False))
     return last
 
@@ -251,7 +200,7 @@ def _answer_prompt(
             f"{llm.n_ctx()} tokens of context, {threads} threads"
         )
     began = threading.Event()
-    with Progress(sys.stderr, "reading the prompt", "tokens") as progress, _interruptible(llm, began.is_set):
+    with Progress(sys.stderr, "reading the prompt", "tokens") as progress, interruptible(llm, began.is_set):
 
         def segments() -> Iterator[Segment]:
             for segment in llm.stream_segments(
@@ -261,8 +210,13 @@ def _answer_prompt(
                 progress.close()  # before the first text, or the two would share a line
                 yield segment
 
-        last = _show_json(segments(), llm, load_seconds) if options["as_json"] else _show(segments())
+        if options["as_json"]:
+            last = _show_json(segments(), llm, load_seconds, options["stats"])
+        else:
+            last = _show(segments())
     _note(_summary(last.stats) + (f", ended by {last.finish_reason}" if options["verbose"] else ""))
+    if options["stats"] and not options["as_json"]:
+        _note("\n".join(stats_lines(llm)))
     return INTERRUPTED if last.finish_reason == "cancelled" else 0
 
 
@@ -283,13 +237,20 @@ def _talk(llm: Llama, options: dict[str, Any], text_options: TextOptions, sampli
     from pyinfer.conversation import Conversation, run_conversation
 
     if llm.tokenizer.chat_template is None and not options["chat"]:
-        raise InputError("this model has no chat template; give a prompt, or --chat for ChatML")
+        raise InputError(
+            f"{Path(llm.model_path).name} has no chat template, it continues texts: give the beginning "
+            f"of one as prompt, or -m {CHAT_MODEL} to chat (--chat chats with any model, in ChatML)"
+        )
 
     def write(segments: Iterator[Segment]) -> Segment:
-        with _interruptible(llm):
+        if options["stats"]:
+            llm.session.reset_observed()  # a table for each answer
+        with interruptible(llm):
             last = _show(segments)
         if options["verbose"]:
             _note(_summary(last.stats))
+        if options["stats"]:
+            _note("\n".join(stats_lines(llm)))
         return last
 
     conversation = Conversation(llm, options["system"], text_options, sampling)
@@ -297,7 +258,19 @@ def _talk(llm: Llama, options: dict[str, Any], text_options: TextOptions, sampli
     return 0
 
 
+def _skipped_share(sparsity: str) -> float | None:
+    """The share of cats=SHARE, None for the other modes."""
+    from pyinfer.neurons.sparsity import CATS, parse_sparsity
+
+    try:
+        mode, share = parse_sparsity(sparsity)
+    except InputError as error:
+        raise click.UsageError(_in_options(str(error))) from None
+    return share if mode == CATS else None
+
+
 def _run(options: dict[str, Any], open_llama: Opener, check: Callable[[], None]) -> int:
+    skipped = _skipped_share(options["sparsity"])
     prompt = _prompt(options)
     from pyinfer.model_store import DEFAULT_MODEL, advised_temperature
     from pyinfer.runtime.generate import TextOptions
@@ -311,6 +284,10 @@ def _run(options: dict[str, Any], open_llama: Opener, check: Callable[[], None])
     sampling = SamplingParams(seed=options["seed"], **chosen)
     with open_llama(options) as llm:
         check()
+        for notice in llm.notices:
+            _note(f"note: {notice}")
+        if skipped is not None:
+            _note(loss_line(llm, options["sparsity"], skipped))
         if prompt is None:
             return _talk(llm, options, text_options, sampling)
         return _answer_prompt(llm, prompt, options, text_options, sampling)
@@ -334,7 +311,7 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters that the model writes
     try:
-        with _remembered_interrupts() as check:
+        with remembered_interrupts() as check:
             return _run(options, open_llama, check)
     except BrokenPipeError:  # nobody reads on, which is no fault
         _drop_output()
@@ -353,7 +330,9 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("text", metavar="[PROMPT]", required=False)
-@click.option("-m", "--model", help="GGUF file or name of a model; the default is fetched once.")
+@click.option(
+    "-m", "--model", help="GGUF file or name of a model, fetched once.  [default: a story teller of our own]"
+)
 @click.option("-p", "--prompt", help="The prompt; - reads it from standard input, like a pipe without -p.")
 @click.option("--system", help="System message of the chat.")
 @click.option(
@@ -385,14 +364,28 @@ def _exit_code(options: dict[str, Any], open_llama: Opener) -> int:
 @click.option(
     "--chat/--no-chat", default=None, help="Chat or plain continuation.  [default: as the model is made]"
 )
+@click.option(
+    "--sparsity",
+    default="auto",
+    show_default=True,
+    metavar="MODE",
+    help="Which neurons are computed: auto, exact, predicted, cats=SHARE (0.5 skips half), dense.",
+)
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Show per layer what fired and was skipped; with predictors this costs all gates once more.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option("-v", "--verbose", is_flag=True, help="More figures, and tracebacks with errors.")
 @click.version_option(__version__, prog_name="pyinfer-generate")
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
-    """Answer PROMPT with a language model, in a chat when no prompt is given.
+    """Continue PROMPT with a language model, or answer it where the model is made for chats.
 
-    Example: pyinfer-generate "Why is the sky blue?"
+    Without a prompt such a model chats. The default tells stories, -m smollm2-135m chats.
+
+    Example: pyinfer-generate "Once upon a time"
     """
     context.exit(_exit_code(options, context.obj or _open_llama))

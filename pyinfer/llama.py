@@ -14,34 +14,20 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pyinfer.errors import InputError
 from pyinfer.runtime.arguments import check_load_arguments, checked_text, token_ids
-from pyinfer.runtime.generate import (
-    CachedSequence,
-    Progress,
-    Segment,
-    TextOptions,
-    stream_text,
-    text_options,
-)
+from pyinfer.runtime.generate import CachedSequence, Progress, Segment, TextOptions, stream_text, text_options
+from pyinfer.runtime.opening import open_session, release
 from pyinfer.runtime.response import ChatResponse, CompletionResponse, Drawn, drawn_tokens, joined
 from pyinfer.runtime.sampler import Sampler, SamplingParams
 from pyinfer.runtime.turns import Turns
 
-CONTEXT_TOKENS = 4096  # default context, where the model has that much
-
-
-def _release(session: Any, model: Any) -> None:
-    """End the threads and unmap the file."""
-    # the garbage collector may come in one of the threads that end: they were all told to, only their join
-    # is missing then
-    with contextlib.suppress(RuntimeError):
-        session.close()
-    model.close()
+if TYPE_CHECKING:
+    from pyinfer.runtime.stats import LayerStats
 
 
 class Llama:
@@ -52,6 +38,8 @@ class Llama:
     n_threads : None: as many as this process may use;  seed : makes the whole sequence of calls repeatable
     verbose : accepted for llama-cpp-python's sake, nothing is ever printed
     progress : (bytes done, bytes to do) of loading
+    sparsity : which neurons are computed: auto, exact, predicted, cats=SHARE or dense
+    observe : "stats" counts for `sparsity_stats`, with predictors at the price of all gates; None: nothing
     others : keywords of llama-cpp-python, such as n_gpu_layers=0, where they ask for nothing
 
     Raises ModelNotFoundError, FormatError, UnsupportedError, CapacityError for the file and InputError,
@@ -72,23 +60,13 @@ class Llama:
         seed: int | None = None,
         verbose: bool = False,
         progress: Progress | None = None,
+        sparsity: str = "auto",
+        observe: str | None = None,
         **others: Any,
     ) -> None:
         check_load_arguments(n_ctx, n_threads, others)
         SamplingParams(seed=seed)
-        from pyinfer.runtime.loader import load_model  # numba comes with it, which takes most of the start-up
-        from pyinfer.runtime.session import Session
-
-        model = load_model(model_path, progress=progress)
-        try:
-            trained = int(model.hparams.context_length)
-            if n_ctx is not None and n_ctx > trained:
-                raise InputError(f"n_ctx is {n_ctx}, {model_path} was made for at most {trained}")
-            _ = model.tokenizer  # made at first use; a bad one is found before threads are started
-            session = Session(model, min(trained, CONTEXT_TOKENS) if n_ctx is None else int(n_ctx), n_threads)
-        except BaseException:
-            model.close()
-            raise
+        model, session = open_session(model_path, n_ctx, n_threads, progress, sparsity, observe)
         self._set_up(model, session, str(model_path), seed)
 
     @classmethod
@@ -114,7 +92,7 @@ class Llama:
         self.model_path = name
         self._open: tuple[Any, Any] | None = (model, session)
         # no reference to self: it also works for an instance that was forgotten
-        self._release = weakref.finalize(self, _release, session, model)
+        self._release = weakref.finalize(self, release, session, model)
         self._release.atexit = False  # the threads are daemons
         self._cache = CachedSequence(session)
         self._seeds = None if seed in (None, -1) else np.random.default_rng(seed)
@@ -153,6 +131,22 @@ class Llama:
     def tokenizer(self) -> Any:
         """The pyinfer.text.tokenizer.Tokenizer of the model."""
         return self.model.tokenizer
+
+    @property
+    def notices(self) -> list[str]:
+        """Sentences for the user: what of the file could not be used, and what is done instead."""
+        return list(self.model.notices)
+
+    def sparsity_stats(self) -> list[LayerStats]:
+        """Per layer, which shares of its neurons fired and were computed since the session began, or since
+        `session.reset_observed()`.
+
+        Raises InputError without observe="stats", or before any token was generated.
+        """
+        from pyinfer.runtime.stats import layer_stats
+
+        with self._turn():
+            return layer_stats(self.session)
 
     def cancel(self) -> None:
         """From any thread: every generation asked for so far ends, and says "cancelled"."""

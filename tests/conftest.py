@@ -22,5 +22,5 @@ def golden():
 
 @pytest.fixture(scope="session")
 def smollm2_path():
-    """The default model, fetched once into the user's cache folder."""
-    return find_model()
+    """SmolLM2-135M-Instruct, fetched once into the user's cache folder."""
+    return find_model("smollm2-135m")

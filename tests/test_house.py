@@ -52,7 +52,7 @@ OUTSIDE = {
     "mip": r"pyinfer\.neurons\.solver",
     "matplotlib": r"pyinfer_tools\.plot_\w+",
     "llama_cpp": r"pyinfer_tools\..*",
-    "torch": r"pyinfer_tools\..*",
+    "torch": r"pyinfer_tools\..*|pyinfer_convert\.train_predictor",
     "transformers": r"pyinfer_tools\..*",
     "numpy": r".*",
 }

@@ -1,4 +1,4 @@
-"""Class Llama and `pyinfer-generate` with the real engine and the default model."""
+"""Class Llama and `pyinfer-generate` with the real engine and SmolLM2."""
 
 import os
 import signal

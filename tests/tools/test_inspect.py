@@ -7,12 +7,14 @@ from pathlib import Path
 
 import gguf
 import gguf_samples as samples
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf_samples import pair, raw_gguf, tensor, text
 
 from pyinfer import models
 from pyinfer.errors import UnsupportedError
+from pyinfer.section import Entry, update_section
 from pyinfer_tools.inspect import main
 
 
@@ -76,6 +78,38 @@ def test_a_file_without_a_program_is_shown_all_the_same(
     monkeypatch.setattr(models, "program_text", refuse)
     found = json.loads(run(path, "--json")[1])
     assert found["program"] is None and found["program_error"] == "no such family"
+
+
+def test_the_section_is_shown(path: Path) -> None:
+    begin = path.stat().st_size
+    assert "Placement section" not in run(path)[1] and json.loads(run(path, "--json")[1])["section"] is None
+    counts = Entry(
+        {"tokens": 512, "corpus": [{"name": "a\x1b.txt"}]}, {"counts": np.zeros((2, 96), np.int64)}
+    )
+    update_section(path, profile=counts, **{"placement.8 GiB": Entry({}, {"hot": np.array(True)})})
+    out = run(path)[1]
+    assert (
+        f"\nPlacement section, version 1, from byte {begin} on\n"
+        "  profile\n"
+        "    tokens  512\n"
+        '    corpus  [{"name": "a\\u001b.txt"}]\n'
+        "    counts  int64  2 x 96  1.5 KiB\n"
+        "  placement.8 GiB\n"
+        "    hot  bool  one  1 B\n"
+        "\nProgram\n"
+    ) in out
+    found = json.loads(run(path, "--json")[1])
+    assert found["section"]["entries"]["profile"]["info"]["tokens"] == 512
+    assert found["section"]["entries"]["profile"]["arrays"]["counts"]["shape"] == [2, 96]
+    assert found["section_error"] is None
+
+
+def test_a_damaged_section_is_one_line(path: Path) -> None:
+    update_section(path, profile=Entry())
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = run(path)
+    assert code == 0 and "\nPlacement section\n  none: model.gguf: its placement section " in out
+    assert "cut off" in json.loads(run(path, "--json")[1])["section_error"]
 
 
 def test_hostile_texts_stay_on_their_line(tmp_path: Path) -> None:

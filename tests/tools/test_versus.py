@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pyinfer_tools import versus
 from pyinfer_tools.golden import rotated_pairs
+from pyinfer_tools.random_model import SHAPES, write_random_model
+from pyinfer_tools.random_sparse import SHAPES as SPARSE_SHAPES
+from pyinfer_tools.random_sparse import write_random_sparse
 
 
 class _Made:
     """A worker with given speeds."""
 
-    def __init__(self, engine, speeds, log):
-        self.engine, self._speeds, self._log = engine, list(speeds), log
+    def __init__(self, label, speeds, log):
+        self.label, self._speeds, self._log = label, list(speeds), log
 
-    def speed(self, work, tokens, limit_seconds=None):
-        self._log.append((self.engine, work, tokens, limit_seconds))
+    def speed(self, work, tokens, limit_seconds=None, batch=1):
+        self._log.append((self.label, work, tokens, limit_seconds, batch))
         return self._speeds.pop(0)
 
 
@@ -27,17 +32,44 @@ def test_engines_take_turns_and_pairs_make_ratios():
     log = []
     workers = [_Made("pyinfer", [1, 30, 10, 40], log), _Made("llama.cpp", [1, 10, 10, 10], log)]
     result = versus.compare(workers, "decode", 64, 3, 20.0)
-    assert [engine for engine, *_ in log] == ["pyinfer", "llama.cpp"] * 4
-    assert [tokens for _, _, tokens, _ in log] == [8, 8] + [64] * 6
-    assert {limit for *_, limit in log} == {20.0}
+    assert [label for label, *_ in log] == ["pyinfer", "llama.cpp"] * 4
+    assert [tokens for _, _, tokens, _, _ in log] == [8, 8] + [64] * 6
+    assert {limit for *_, limit, _ in log} == {20.0}
     assert result["tokens_per_second"] == {"pyinfer": 30, "llama.cpp": 10}
     assert [result[f"ratio_{kind}"] for kind in ("min", "median", "max")] == [1, 3, 4]
+
+
+def test_sparse_meets_dense(tmp_path):
+    sparse, dense = tmp_path / "sparse.gguf", tmp_path / "dense.gguf"
+    write_random_sparse(sparse, SPARSE_SHAPES["tiny"], "q4_0")
+    write_random_model(dense, SHAPES["tiny"], "q4_0")
+    arguments = ["-m", str(sparse), "--sparsity", "exact", "--peer", "pyinfer", "--peer-model", str(dense)]
+    arguments += ["--batch", "1", "--batch", "3", "-p", "5", "-n", "4", "-r", "2"]
+    found = CliRunner().invoke(versus.main, [*arguments, "--json"])
+    assert found.exit_code == 0, found.stderr
+    compared = json.loads(found.stdout)
+    assert [(each["work"], each["batch"]) for each in compared["results"]] == [
+        ("prefill", 1),
+        ("decode", 1),
+        ("decode", 3),
+    ]
+    assert compared["models"] == {"pyinfer": str(sparse), "pyinfer dense": str(dense)}
+    assert compared["builds"]["pyinfer"].endswith("exact")
+    assert compared["builds"]["pyinfer dense"].endswith("dense")
+    text = versus.report(compared)
+    assert "sparse.gguf and dense.gguf" in text and "decode     4 x3   pyinfer" in text
+
+
+def test_a_batch_is_for_pyinfer_only(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    found = CliRunner().invoke(versus.main, ["-m", str(tmp_path / "model.gguf"), "--batch", "4"])
+    assert found.exit_code == 2 and "--peer pyinfer" in found.stderr
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(versus.WorkerError, match=r"^pyinfer: .*bad\.gguf"):
-        versus.Worker("pyinfer", str(tmp_path / "bad.gguf"), 64, 1)
+        versus.Worker(versus.Side("pyinfer", "pyinfer", str(tmp_path / "bad.gguf")), 64, 1)
 
 
 def test_the_busy_process_ends():
