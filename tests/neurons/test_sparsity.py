@@ -104,6 +104,15 @@ def test_files_of_powerinfer_run_predicted_by_themselves(file_of):
     np.testing.assert_array_equal(logits(path, "auto"), logits(path, "predicted"))
 
 
+def test_a_file_with_powerinfers_magic(tmp_path):
+    """Without a threshold in it PowerInfer's is 0."""
+    path = sparse_gguf(tmp_path / "model.gguf", "relu_llama", "q8_0", random_predictors("relu_llama"))
+    path.write_bytes(names.MAGIC_POWERINFER + path.read_bytes()[4:])
+    with load_model(path) as model:
+        assert model.plan.modes == {"predicted"} and not model.notices
+        assert all((each.thresholds == 0).all() and each.input == "raw" for each in model.plan.layers)
+
+
 def test_without_predictors_exact_is_the_way(tmp_path):
     path = sparse_gguf(tmp_path / "model.gguf", "relu_llama")
     with load_model(path) as model:
