@@ -174,8 +174,7 @@ def _say(axes: Any, text: str) -> None:
 
 def draw_placement(figure: Any, placement: Placement, profile: Profile, sizes: ModelBytes, name: str) -> None:
     """The map of all neurons, what the hot ones of each layer cause and need, and the GPU's memory."""
-    on_gpu = placement.processor == ON_GPU and bool(placement.n_bytes)
-    heights = (4.5, 1, 1, 0.35) if on_gpu else (4.5, 1, 1)
+    heights = (4.5, 1, 1, 0.35) if placement.budget_bytes else (4.5, 1, 1)
     grid = figure.add_gridspec(len(heights), 3, height_ratios=heights, width_ratios=(40, 1, 1))
     above, hot_bar, cold_bar = (figure.add_subplot(grid[0, column]) for column in range(3))
     middle, below = (figure.add_subplot(grid[row, 0], sharex=above) for row in (1, 2))
@@ -195,9 +194,10 @@ def draw_placement(figure: Any, placement: Placement, profile: Profile, sizes: M
         axes.grid(visible=False, axis="x")
     above.tick_params(labelbottom=False)
     middle.tick_params(labelbottom=False)
-    where = "computed always, on the CPU"
-    if on_gpu:
+    if placement.budget_bytes:
         _draw_budget(figure.add_subplot(grid[3, 0]), placement)
+    where = "the CPU always computes hot neurons"
+    if placement.processor == ON_GPU:
         budget = format_amount(placement.budget_bytes, "bytes")
         where = f"for {budget} of GPU memory, {placement.n_ctx:,} tokens of context"
     share = fired.sum() / max(profile.counts.sum(), 1)
@@ -254,7 +254,7 @@ def _draw_budget(axes: Any, placement: Placement) -> None:
             label = f"{name.replace('_', ' ')} {format_amount(n_bytes, 'bytes')}"
             axes.barh(0, n_bytes / per, left=start, color=color, label=label, edgecolor="white")
             start += n_bytes / per
-    axes.set(yticks=(), xlim=(0, start or 1), xlabel=unit)
+    axes.set(yticks=(), xlim=(0, start), xlabel=unit)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False)
     axes.set_title(f"GPU memory, {format_amount(placement.budget_bytes, 'bytes')}")

@@ -27,7 +27,7 @@ SHAPE = LAYERS, NEURONS = 2, 96
 TOKENS = 1000
 COUNTS = np.random.default_rng(0).integers(0, TOKENS, SHAPE)
 QUALITY = PredictorQuality(32, "linear", "norm", -1.5, 0.992, 0.4, 0.45, 0.18, 640)
-pytestmark = pytest.mark.skipif(
+needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
 )
 
@@ -92,6 +92,7 @@ def test_the_curve_of_magnitudes_counts_values():
     assert np.all(np.diff(edges) >= 0) and np.isfinite(edges).all() and smaller[-1] == 100
 
 
+@needs_matplotlib
 def test_activations_of_one_layer_and_of_all(model):
     figure = neuron_figure(read_neurons(model), [ACTIVATIONS], 1)
     one, whole = figure.subfigs[0].axes
@@ -104,6 +105,7 @@ def test_activations_of_one_layer_and_of_all(model):
     assert f"{100 * causing(COUNTS, 0.8):.0f} % of the neurons\ncause 80 %" in texts(whole)
 
 
+@needs_matplotlib
 def test_a_layer_that_never_fires_is_drawn_too(model):
     update_section(model, profile=Profile(COUNTS * [[0], [1]], TOKENS, [], None, "relu").to_entry())
     neurons = read_neurons(model)
@@ -112,6 +114,7 @@ def test_a_layer_that_never_fires_is_drawn_too(model):
     figure.savefig(io.BytesIO(), format="png")
 
 
+@needs_matplotlib
 def test_magnitudes_of_a_model_without_zeros(model):
     values = np.random.default_rng(2).standard_normal((LAYERS, 64, NEURONS)).astype(np.float32)
     values[1] *= 100
@@ -126,6 +129,7 @@ def test_magnitudes_of_a_model_without_zeros(model):
     assert code == 0 and said.count("note: ") == 2 and "for models with ReLU" in said
 
 
+@needs_matplotlib
 def test_the_map_of_hot_neurons(model):
     neurons = read_neurons(model)
     scattered = np.random.default_rng(3).random(SHAPE) < 0.4  # as after another profile
@@ -145,11 +149,12 @@ def test_the_map_of_hot_neurons(model):
     assert "450.0 KiB of GPU memory, 64 tokens of context" in texts(figure)
 
 
+@needs_matplotlib
 def test_the_map_of_a_machine_without_a_gpu(model):
     neurons = read_neurons(model)
     placement = place_on_cpu(COUNTS, TOKENS, neurons.sizes)
     figure = neuron_figure(replace(neurons, placement=placement), [PLACEMENT], 0)
-    assert len(figure.subfigs[0].axes) == 5 and "on the CPU" in texts(figure)
+    assert len(figure.subfigs[0].axes) == 5 and "the CPU always computes hot neurons" in texts(figure)
     assert f"{100 * placement.hot.mean():.0f} % of the neurons are hot" in texts(figure)
     nothing = replace(neurons.placement, hot=np.zeros(SHAPE, bool), n_bytes={"neurons": 0}, budget_bytes=0)
     figure = neuron_figure(replace(neurons, placement=nothing), [PLACEMENT], 0)
@@ -157,6 +162,7 @@ def test_the_map_of_a_machine_without_a_gpu(model):
     assert "0 % of the neurons are hot and cause 0 % of the activations" in texts(figure)
 
 
+@needs_matplotlib
 def test_predictors_of_each_layer(model):
     neurons = read_neurons(model)
     neurons = replace(neurons, sizes=replace(neurons.sizes, predictor=(1024, 2048)))
@@ -173,6 +179,7 @@ def test_predictors_of_each_layer(model):
 
 
 @pytest.mark.parametrize(("ending", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")])
+@needs_matplotlib
 def test_one_command_draws_everything(model, ending, begin):
     odd = model.with_name("50$ $_a^ 模型\n.gguf") if sys.platform != "win32" else model
     model.rename(odd)
@@ -191,6 +198,7 @@ def test_one_command_draws_everything(model, ending, begin):
         (("-o", "no/such/folder.png"), "cannot be written (No such file or directory)"),
     ],
 )
+@needs_matplotlib
 def test_what_cannot_be_drawn_is_one_sentence(model, arguments, sentence, monkeypatch):
     monkeypatch.chdir(model.parent)
     before = model.read_bytes()
@@ -199,6 +207,7 @@ def test_what_cannot_be_drawn_is_one_sentence(model, arguments, sentence, monkey
     assert list(model.parent.iterdir()) == [model] and model.read_bytes() == before
 
 
+@needs_matplotlib
 def test_a_folder_in_the_way_is_left_alone(model):
     output = model.with_name("x.png")
     output.mkdir()
@@ -221,6 +230,7 @@ def test_a_folder_in_the_way_is_left_alone(model):
         ("predictors", PREDICTORS, "has no predictors; pyinfer-convert predict model.gguf --text FILE makes"),
     ],
 )
+@needs_matplotlib
 def test_what_a_model_lacks(model, removed, what, sentence, monkeypatch):
     monkeypatch.chdir(model.parent)
     update_section(model, **{removed: None})
@@ -230,6 +240,7 @@ def test_what_a_model_lacks(model, removed, what, sentence, monkeypatch):
     assert code == 0 and said.count("note: ") == 1 and Path("model-neurons.png").exists()
 
 
+@needs_matplotlib
 def test_a_model_without_a_section_and_a_profile_of_nothing(model):
     update_section(model, profile=None, placement=None, predictors=None)
     code, said = run(model)
@@ -240,6 +251,7 @@ def test_a_model_without_a_section_and_a_profile_of_nothing(model):
     assert "how good its predictors are" in replace(read_neurons(model), predicts=True).missing(PREDICTORS)
 
 
+@needs_matplotlib
 def test_entries_that_do_not_fit_and_a_damaged_section(model):
     update_section(model, profile=Profile(COUNTS[:1], TOKENS, [], None, "relu").to_entry())
     code, said = run(model)
