@@ -1,46 +1,32 @@
 """`pyinfer-convert`: a Hugging Face checkpoint or a GGUF file becomes a GGUF file of the types asked for.
 
 Commands of their own, in files named after them, add what was learned about the neurons of such a file.
-Everything it says goes to standard error. Exit codes: 0 done, 1 something is wrong with the input (one
-sentence), 2 wrong usage, 130 interrupted, 143 ended from outside, 129 its terminal was closed.
+Everything it says goes to standard error; exit codes are those of `pyinfer_convert.terminal`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import re
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pyinfer import __version__, names
-from pyinfer.errors import InputError, PyInferError
+from pyinfer.errors import InputError
 from pyinfer.progress import Progress, format_amount
 from pyinfer_convert.recipe import QUANTS
+from pyinfer_convert.terminal import Signals, exit_code, note
 
-_SIGNALLED = 128  # and the signal's number is the exit code, as shells have it
-# Ctrl-C, a request to end, a closed terminal (Windows: a closed window or Ctrl-Break). No system has all.
-_ENDING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
-]
 COMMANDS = {
     "profile": "Count on a text how often each neuron of a model fires.",
     "predict": "Add predictors, which tell beforehand what will fire.",
     "place": "Choose the neurons that a GPU keeps.",
 }
 _QUANT_IN_NAME = re.compile(r"[-._](" + "|".join(QUANTS) + r"|q[2-8]_k(_[sml])?|fp16|fp32)$", re.IGNORECASE)
-
-
-def _note(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        click.echo(text, err=True)
 
 
 def default_name(name: str, quant: str) -> str:
@@ -52,12 +38,12 @@ def _describe(plan: Any) -> None:
     """The table of types and sizes, and what did not go as the recipe wants."""
     for kind, (count, n_bytes) in sorted(plan.by_type().items(), key=lambda each: -each[1][1]):
         plural = "s" if count > 1 else " "
-        _note(f"  {kind:<5} {count:>5} tensor{plural} {format_amount(n_bytes, 'bytes'):>10}")
+        note(f"  {kind:<5} {count:>5} tensor{plural} {format_amount(n_bytes, 'bytes'):>10}")
     for (wanted, got, columns), count in plan.fallbacks().items():
         many = "tensor has" if count == 1 else "tensors have"
-        _note(f"  {count} {many} {columns} columns, no whole blocks of {wanted}: {got} instead")
+        note(f"  {count} {many} {columns} columns, no whole blocks of {wanted}: {got} instead")
     before, after = format_amount(plan.bytes_before, "bytes"), format_amount(plan.bytes_after, "bytes")
-    _note(f"  weights: {before} before, {after} now")
+    note(f"  weights: {before} before, {after} now")
 
 
 def _explain(plan: Any) -> None:
@@ -66,40 +52,36 @@ def _explain(plan: Any) -> None:
         shape, choice = "x".join(map(str, each.source.shape)), each.choice
         why = f"{choice.fallback.name} does not fit" if choice.fallback is not None else choice.why
         types = f"{each.source.type.name:>5} -> {choice.type.name:<5}"
-        _note(f"  {each.source.name:<32} {shape:>14}  {types} {why}")
+        note(f"  {each.source.name:<32} {shape:>14}  {types} {why}")
 
 
-def _write(planned: Any, target: Path, options: dict[str, Any], signals: _Signals) -> Any:
+def _write(planned: Any, target: Path, options: dict[str, Any], signals: Signals) -> Any:
     from pyinfer_convert.pipeline import write
 
-    with Progress(sys.stderr, f"writing {target.name}") as bar:
-
-        def progress(done: int, total: int) -> None:
-            signals.check()
-            bar(done, total)
-
-        signals.holding = True
-        try:
-            return write(
-                planned, target, force=options["force"], n_threads=options["threads"], progress=progress
-            )
-        finally:
-            signals.holding = False
+    with Progress(sys.stderr, f"writing {target.name}") as bar, signals.held():
+        return write(
+            planned,
+            target,
+            force=options["force"],
+            n_threads=options["threads"],
+            progress=signals.checked(bar),
+        )
 
 
-def _convert(options: dict[str, Any], signals: _Signals) -> None:
+def _convert(options: dict[str, Any], signals: Signals) -> None:
     # what takes long to import, after the options were read
     from pyinfer.jit.kernel_cache import kernel_cache_is_cold
     from pyinfer_convert.pipeline import check, plan
     from pyinfer_convert.powerinfer import check_powerinfer, check_types, with_predictors
-    from pyinfer_convert.sources import GGUFSource, open_source
+    from pyinfer_convert.sources import BY_NEURON, PLAIN, USUAL, GGUFSource, open_source
 
     given = options["source"]
+    layout = PLAIN if options["plain"] else BY_NEURON if options["by_neuron"] else USUAL
     with Progress(sys.stderr, f"fetching {given}") as progress:
-        source = open_source(given, plain=options["plain"], progress=progress)
+        source = open_source(given, layout=layout, progress=progress)
     try:
         for notice in source.notices:
-            _note(f"note: {notice}")
+            note(f"note: {notice}")
         if options["requant"] and not isinstance(source, GGUFSource):
             raise InputError(f"{given}: this is a checkpoint, but --requant is for a GGUF file; leave it out")
         if options["predictor"]:
@@ -121,75 +103,19 @@ def _convert(options: dict[str, Any], signals: _Signals) -> None:
         if options["verbose"]:
             _explain(planned)
         if options["dry_run"]:
-            _note(f"{target}: would have {format_amount(planned.file_bytes, 'bytes')}; nothing was written")
+            note(f"{target}: would have {format_amount(planned.file_bytes, 'bytes')}; nothing was written")
             _describe(planned)
             check(planned, target, force=options["force"])
             return
         if kernel_cache_is_cold():
-            _note("compiling kernels for this processor, once (some seconds)")
+            note("compiling kernels for this processor, once (some seconds)")
         summary = _write(planned, target, options, signals)
         rate = format_amount(summary.bytes_before / max(summary.seconds, 1e-3), "bytes")
         size = format_amount(summary.file_bytes, "bytes")
-        _note(f"{target}: {size}, {summary.seconds:.1f} s ({rate}/s of input)")
+        note(f"{target}: {size}, {summary.seconds:.1f} s ({rate}/s of input)")
         _describe(planned)
     finally:
         source.close()
-
-
-class _Signals:
-    """Ctrl-C, requests to end and a closed terminal. While a file is written the first one waits for the end
-    of a part: raised in the middle of a job of the team, an exception would leave its threads waiting for the
-    one that is gone.
-    """
-
-    def __init__(self) -> None:
-        self.holding = False
-        self.received: int | None = None
-
-    def __call__(self, number: int, frame: object) -> None:
-        again, self.received = self.received is not None, number
-        if again or not self.holding:
-            self.check()
-
-    def check(self) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _handled(signals: _Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers belong to the main thread
-        return
-    # What is ignored stays ignored: nohup means a conversion to outlive its terminal.
-    previous = {
-        number: signal.signal(number, signals)
-        for number in _ENDING
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _exit_code(options: dict[str, Any]) -> int:
-    signals = _Signals()
-    try:
-        with _handled(signals):
-            _convert(options, signals)
-        return 0
-    except KeyboardInterrupt:
-        _note("\ninterrupted; nothing was written")
-        return _SIGNALLED + (signals.received or signal.SIGINT)
-    except (PyInferError, OSError, MemoryError) as error:
-        if signals.received is not None:
-            return _SIGNALLED + signals.received  # writing to a terminal that is gone fails, too
-        if options["verbose"]:
-            traceback.print_exc()
-        _note(f"error: {error or type(error).__name__}")
-        return 1
 
 
 class _WithCommands(click.Command):
@@ -235,6 +161,12 @@ _QUANT = click.Choice(list(QUANTS))
     help="powerinfer: a file that PowerInfer's own program loads, too.",
 )
 @click.option("--plain", is_flag=True, help="For llama.cpp, also sparse models: ffn_down, no predictors.")
+@click.option(
+    "--by-neuron",
+    is_flag=True,
+    help="ffn_down neuron by neuron, of SiLU and GELU models, too: what --sparsity cats=SHARE skips is not "
+    "read then. llama.cpp cannot read such a file.",
+)
 @click.option("--requant", is_flag=True, help="SRC must be a GGUF file (which is seen without this, too).")
 @click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
 @click.option("--dry-run", is_flag=True, help="Only tell what would be written, or why not.")
@@ -252,7 +184,9 @@ def main(context: click.Context, **options: Any) -> None:
     if options["plain"] and (options["predictor"] or options["format_"] == "powerinfer"):
         other = "--predictor" if options["predictor"] else "--format powerinfer"
         raise click.UsageError(f"--plain makes a file without predictors; leave out --plain or {other}")
-    context.exit(_exit_code(options))
+    if options["plain"] and options["by_neuron"]:
+        raise click.UsageError("--plain and --by-neuron are opposites; leave out one of them")
+    context.exit(exit_code(partial(_convert, options), "nothing was written", verbose=options["verbose"]))
 
 
 if __name__ == "__main__":

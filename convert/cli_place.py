@@ -1,25 +1,22 @@
 """`pyinfer-convert place`: choose which neurons of a model a GPU keeps, and write that into its section.
 
-Everything it says goes to standard error. Exit codes: 0 done, 1 something is wrong with the input (one
-sentence), 2 wrong usage, 130 interrupted.
+Everything it says goes to standard error; exit codes are those of `pyinfer_convert.terminal`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import signal
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
 
-from pyinfer.errors import FormatError, InputError, PyInferError
+from pyinfer.errors import FormatError, InputError
 from pyinfer.progress import format_amount
+from pyinfer_convert.terminal import exit_code, note
 
 if TYPE_CHECKING:
     from pyinfer.neurons.budget import ModelBytes
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from pyinfer.neurons.placement import Placement
 
 USUAL_CONTEXT = 4096
-_INTERRUPTED = 128 + signal.SIGINT
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?", re.IGNORECASE)
 _MOST_BYTES = 1 << 50
 
@@ -53,11 +49,6 @@ class SizeType(click.ParamType):
         return math.floor(n_bytes)
 
 
-def _note(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        click.echo(text, err=True)
-
-
 def _hardware(options: dict[str, Any]) -> Hardware:
     from pyinfer.neurons.hardware import measure_hardware, read_hardware
     from pyinfer.runtime.loader import default_threads
@@ -66,7 +57,7 @@ def _hardware(options: dict[str, Any]) -> Hardware:
         if options["gpu"]:
             raise InputError("--gpu is for a machine without figures; leave it or --hardware out")
         return read_hardware(options["hardware"])
-    _note("measuring how fast this machine reads its memory (pyinfer-bench --hardware keeps the figures)")
+    note("measuring how fast this machine reads its memory (pyinfer-bench --hardware keeps the figures)")
     given = {"gpu": options["gpu"]} if options["gpu"] else {}
     return measure_hardware(options["threads"] or default_threads(), **given)
 
@@ -100,9 +91,12 @@ def _read(path: Path, n_ctx: int) -> tuple[Any, ModelBytes]:
 
 
 def _place(path: Path, options: dict[str, Any]) -> None:
+    from pyinfer.model_store import check_may_change
     from pyinfer.neurons.placement import place, place_on_cpu
     from pyinfer.section import update_section
 
+    if not options["dry_run"]:
+        check_may_change(path)
     profile, model = _read(path, options["ctx"])
     budget, hardware, notices = options["vram"], None, []
     start = time.perf_counter()
@@ -127,14 +121,14 @@ def _place(path: Path, options: dict[str, Any]) -> None:
         placement = place_on_cpu(profile.counts, profile.tokens, model)
     seconds = time.perf_counter() - start
     for line in describe(placement, model, profile.counts, seconds):
-        _note(line)
+        note(line)
     for notice in notices:
-        _note(f"note: {notice}")
+        note(f"note: {notice}")
     if options["dry_run"]:
-        _note(f"{path}: nothing was written")
+        note(f"{path}: nothing was written")
         return
     update_section(path, placement=placement.to_entry())
-    _note(f"{path}: the placement is in its section")
+    note(f"{path}: the placement is in its section")
 
 
 def describe(placement: Placement, model: ModelBytes, counts: np.ndarray, seconds: float) -> list[str]:
@@ -173,20 +167,6 @@ def describe(placement: Placement, model: ModelBytes, counts: np.ndarray, second
         f"bound {placement.bound}, gap {placement.gap:.2e}, {seconds:.1f} s"
     )
     return lines
-
-
-def _exit_code(path: Path, options: dict[str, Any]) -> int:
-    try:
-        _place(path, options)
-        return 0
-    except KeyboardInterrupt:
-        _note("\ninterrupted; the file has its old placement or the new one")
-        return _INTERRUPTED
-    except (PyInferError, OSError, MemoryError) as error:
-        if options["verbose"]:
-            traceback.print_exc()
-        _note(f"error: {error or type(error).__name__}")
-        return 1
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -229,4 +209,10 @@ def place(context: click.Context, model: Path, **options: Any) -> None:
     The budget holds first what every token needs: attention, KV cache, output head, predictors; then the
     neurons that fire most. Example: pyinfer-convert place story.gguf --vram 8GiB --ctx 4096
     """
-    context.exit(_exit_code(model, options))
+    context.exit(
+        exit_code(
+            lambda signals: _place(model, options),
+            "the file has its old placement or the new one",
+            verbose=options["verbose"],
+        )
+    )

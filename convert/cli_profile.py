@@ -1,17 +1,17 @@
 """`pyinfer-convert profile`: count how often each neuron of a model fires on a text, into its section.
 
 The counts are saved every few seconds with the place in the text, so a run that was killed goes on where it
-was. Everything it says goes to standard error. Exit codes as those of `pyinfer-convert`.
+was. For activations that are hardly ever zero it then measures what it costs to skip small ones. Everything
+it says goes to standard error; exit codes are those of `pyinfer_convert.terminal`.
 """
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +20,18 @@ import numpy as np
 
 from pyinfer.errors import FormatError, InputError, PyInferError
 from pyinfer.progress import Progress
+from pyinfer_convert.terminal import Signals, exit_code, note
 
 if TYPE_CHECKING:
     from pyinfer.neurons.corpus import Corpus
     from pyinfer.neurons.profile import Profile
     from pyinfer.runtime.session import Session
+    from pyinfer.section import Section
     from pyinfer.text.tokenizer import Tokenizer
-    from pyinfer_convert.cli import _Signals
 
 USUAL_TOKENS = 100_000
 SAVE_SECONDS = 10.0
 SHARES_ARE_OF = 1_000_000  # tokens, where imported files hold shares instead of counts
-
-
-def _note(text: str) -> None:
-    from pyinfer_convert.cli import _note as note
-
-    note(text)
 
 
 @dataclass
@@ -46,7 +41,8 @@ class _Target:
     path: Path
     profile: Profile
     tokenizer: Tokenizer
-    replaces: bool  # a section that cannot be read: the whole of it goes
+    replaces: bool = False  # a section that cannot be read: the whole of it goes
+    measured: bool = False  # the section says what skipping costs, with this profile
 
     @property
     def observe(self) -> str:
@@ -56,25 +52,25 @@ class _Target:
         from pyinfer.section import Section, update_section, write_section
 
         if self.replaces:
-            _note("note: the section that could not be read is replaced")
+            note("note: the section that could not be read is replaced")
             write_section(self.path, Section({"profile": self.profile.to_entry()}))
             self.replaces = False
         else:
-            update_section(self.path, profile=self.profile.to_entry())
+            update_section(self.path, profile=self.profile.to_entry(), thresholds=None)
+        self.measured = False
 
 
 def _open_target(path: Path, fresh: bool) -> _Target:
     """raises FormatError for a section that cannot be read, unless `fresh`"""
     from pyinfer.gguf_file import open_gguf
-    from pyinfer.model_store import models_dir
+    from pyinfer.model_store import check_may_change
     from pyinfer.models import build_program
     from pyinfer.neurons.profile import Profile
     from pyinfer.neurons.sparsity import activation_of, fires_rarely
     from pyinfer.section import read_section
     from pyinfer.text.tokenizer import Tokenizer
 
-    if path.resolve().is_relative_to(models_dir().resolve()):
-        raise InputError(f"{path}: this file is kept as it was fetched, expected one of your own; copy it")
+    check_may_change(path)
     with open_gguf(path) as file:
         hparams, program = build_program(file)
         empty = Profile.empty(
@@ -86,9 +82,8 @@ def _open_target(path: Path, fresh: bool) -> _Target:
         window = min(
             empty.window_tokens, hparams.context_length, program.most_positions or hparams.context_length
         )
-        target = _Target(
-            path, replace(empty, window_tokens=window), Tokenizer.from_metadata(file.metadata), False
-        )
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        target = _Target(path, replace(empty, window_tokens=window), tokenizer)
         try:
             section = read_section(file)
         except FormatError:
@@ -99,7 +94,17 @@ def _open_target(path: Path, fresh: bool) -> _Target:
     entry = section.entries.get("profile") if section and not fresh else None
     if entry is not None:
         target.profile = _stored(entry, target)
+        target.measured = _is_measured(section)
     return target
+
+
+def _is_measured(section: Section) -> bool:
+    from pyinfer.neurons.cats import expected_loss
+
+    try:
+        return expected_loss(section, 0.0) is not None
+    except FormatError:
+        return False
 
 
 def _stored(entry: Any, target: _Target) -> Profile:
@@ -114,24 +119,32 @@ def _stored(entry: Any, target: _Target) -> Profile:
     return old
 
 
-def _texts(paths: Sequence[Path], target: _Target, most_tokens: int) -> list[Corpus]:
-    """The texts to count, together at most so many tokens, rounded up to whole windows."""
+def _texts(paths: Sequence[Path], target: _Target, most_tokens: int) -> tuple[list[Corpus], list[np.ndarray]]:
+    """The texts to count, together at most so many tokens, rounded up to whole windows.
+
+    And windows behind those, and behind what was counted before, to measure on where that is wanted.
+    """
     from pyinfer.neurons.corpus import read_corpus
+    from pyinfer_convert.held_out import MOST_WINDOWS, choose_windows
 
     each = target.profile.window_tokens
     windows = -(-most_tokens // each)
+    more = MOST_WINDOWS if target.profile.histogram is not None else 0
+    before = max((text["windows"] for text in target.profile.corpus), default=0) if more else 0
     found: dict[str, Corpus] = {}
+    behind = []
     for path in paths:
         if windows <= 0:
-            _note(f"note: {path} is not reached, the texts before it have {most_tokens} tokens (--tokens)")
+            note(f"note: {path} is not reached, the texts before it have {most_tokens} tokens (--tokens)")
             break
-        corpus = read_corpus(path, target.tokenizer, each, windows)
+        corpus = read_corpus(path, target.tokenizer, each, max(windows, before) + more)
         if corpus.sha256 in found:
-            _note(f"note: {path} is the same text as {found[corpus.sha256].name}, which is counted once")
+            note(f"note: {path} is the same text as {found[corpus.sha256].name}, which is counted once")
             continue
-        found[corpus.sha256] = corpus
-        windows -= len(corpus.windows)
-    return list(found.values())
+        behind.append(corpus.windows[max(windows, _counted(target.profile, corpus)) :])
+        found[corpus.sha256] = replace(corpus, windows=corpus.windows[:windows])
+        windows -= len(found[corpus.sha256].windows)
+    return list(found.values()), choose_windows(behind) if more else []
 
 
 def _counted(profile: Profile, corpus: Corpus) -> int:
@@ -177,7 +190,7 @@ class _Counter:
         self._target.save()
 
 
-def _count(target: _Target, texts: list[Corpus], threads: int | None, signals: _Signals) -> None:
+def _count(target: _Target, texts: list[Corpus], threads: int | None, signals: Signals) -> None:
     """Count what is not counted yet, saving now and then. raises KeyboardInterrupt, what is counted saved"""
     from pyinfer.jit.kernel_cache import kernel_cache_is_cold
     from pyinfer.runtime.loader import load_model
@@ -189,15 +202,15 @@ def _count(target: _Target, texts: list[Corpus], threads: int | None, signals: _
     total = sum(text.tokens for text in texts)
     done = total - sum(len(window) for _, window in todo)
     if done:
-        _note(f"{done} of {total} tokens are counted already; going on with the others")
+        note(f"{done} of {total} tokens are counted already; going on with the others")
     if kernel_cache_is_cold():
-        _note("compiling kernels for this processor, once (some seconds)")
+        note("compiling kernels for this processor, once (some seconds)")
     with Progress(sys.stderr, f"reading {target.path.name}") as bar:
         model = load_model(target.path, observe=target.observe, progress=bar)
-    with model:
+    with model, signals.held():
         session = Session(model, target.profile.window_tokens, threads)
         counter = _Counter(session, target)
-        signals.holding, save_at = True, time.monotonic() + SAVE_SECONDS
+        save_at = time.monotonic() + SAVE_SECONDS
         try:
             with Progress(sys.stderr, "counting", "tokens") as bar:
                 for text, window in todo:
@@ -214,7 +227,6 @@ def _count(target: _Target, texts: list[Corpus], threads: int | None, signals: _
             counter.save()
             raise
         finally:
-            signals.holding = False
             session.close()
 
 
@@ -275,43 +287,34 @@ def describe(profile: Profile, *, each_layer: bool = False) -> list[str]:
     return lines
 
 
-def _profile(path: Path, options: dict[str, Any], signals: _Signals) -> None:
+def _profile(path: Path, options: dict[str, Any], signals: Signals) -> None:
     target = _open_target(path, options["fresh"])
     if options["folder"] is not None:
         new = _imported(options["folder"], target)
         if new.corpus[0]["sha256"] in {each["sha256"] for each in target.profile.corpus}:
-            _note(f"{options['folder']}: these counts are in the profile already; nothing was changed")
+            note(f"{options['folder']}: these counts are in the profile already; nothing was changed")
             return
         target.profile = target.profile.merge(new) if target.profile.tokens else new
         target.save()
     else:
-        texts = _texts(options["texts"], target, options["tokens"])
-        before = target.profile.tokens
-        _count(target, texts, options["threads"], signals)
-        if target.profile.tokens == before:
-            _note("all of this is counted already; nothing was changed (more: --tokens; anew: --fresh)")
+        _count_and_measure(target, options, signals)
     for line in describe(target.profile, each_layer=options["verbose"]):
-        _note(line)
-    _note(f"{path}: the profile is in its section")
+        note(line)
+    note(f"{path}: the profile is in its section")
 
 
-def _exit_code(path: Path, options: dict[str, Any]) -> int:
-    from pyinfer_convert.cli import _SIGNALLED, _handled, _Signals
+def _count_and_measure(target: _Target, options: dict[str, Any], signals: Signals) -> None:
+    from pyinfer_convert.held_out import measure_loss
 
-    signals = _Signals()
-    try:
-        with _handled(signals):
-            _profile(path, options, signals)
-        return 0
-    except KeyboardInterrupt:
-        again = " (without --fresh)" if options["fresh"] else ""
-        _note(f"\ninterrupted; what was counted is saved, and the same command{again} goes on from there")
-        return _SIGNALLED + (signals.received or signal.SIGINT)
-    except (PyInferError, OSError, MemoryError) as error:
-        if options["verbose"]:
-            traceback.print_exc()
-        _note(f"error: {error or type(error).__name__}")
-        return 1
+    texts, behind = _texts(options["texts"], target, options["tokens"])
+    before = target.profile.tokens
+    _count(target, texts, options["threads"], signals)
+    measures = target.profile.histogram is not None and not options["no_loss"] and not target.measured
+    if target.profile.tokens == before:
+        kept = "" if measures else "; nothing was changed"
+        note(f"all of this is counted already{kept} (more: --tokens; anew: --fresh)")
+    if measures:
+        measure_loss(target.path, behind, options["threads"], signals)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -339,6 +342,11 @@ def _exit_code(path: Path, options: dict[str, Any]) -> int:
     metavar="DIR",
     help="Take PowerInfer's counts instead: activation_0.pt, activation_1.pt ...",
 )
+@click.option(
+    "--no-loss",
+    is_flag=True,
+    help="For SiLU and GELU: do not measure, on text behind what is counted, what cats=SHARE costs.",
+)
 @click.option("--fresh", is_flag=True, help="Forget what was counted before.")
 @click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
 @click.option("-v", "--verbose", is_flag=True, help="A line for each layer; tracebacks.")
@@ -349,11 +357,19 @@ def profile(
     """Count how often each neuron of MODEL fires on texts, and write that into MODEL's section.
 
     A run that was killed goes on where it was; another text adds to the profile. For models with SiLU or GELU
-    it counts how large activations are instead. Example: pyinfer-convert profile story.gguf --text c4.txt
+    it counts how large activations are instead, and measures what it costs to skip the smallest ones.
+    Example: pyinfer-convert profile story.gguf --text c4.txt
     """
     options["texts"] = (*texts, *more)
     if bool(options["texts"]) == (options["folder"] is not None):
         raise click.UsageError(
             "Give texts to count on (--text FILES...) or counts of PowerInfer (--import DIR)."
         )
-    context.exit(_exit_code(model, options))
+    again = " (without --fresh)" if options["fresh"] else ""
+    context.exit(
+        exit_code(
+            partial(_profile, model, options),
+            f"what was counted is saved, and the same command{again} goes on from there",
+            verbose=options["verbose"],
+        )
+    )

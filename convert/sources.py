@@ -30,9 +30,13 @@ from pyinfer_convert.writer import read_encoded
 
 ACTIVATION = names.PYINFER_PREFIX + "activation"
 SPARSE = ("relu", "relu2", "drelu", "fatrelu")  # activations that are 0 for most neurons
+# How ffn_down lies. USUAL: neuron by neuron where the activation is sparse, of a GGUF as it is; PLAIN: as
+# llama.cpp has it, and no predictors; BY_NEURON: neuron by neuron (ffn_down_t), whatever the activation.
+USUAL, PLAIN, BY_NEURON = "usual", "plain", "by neuron"
 _FLOATS = {GGMLType.F32: np.dtype("<f4"), GGMLType.F16: np.dtype("<f2"), GGMLType.BF16: np.dtype("<u2")}
 _STORED = {"F32": GGMLType.F32, "F64": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 _OF_CHECKPOINTS = (".safetensors", ".bin", ".json", ".pt", ".pth")
+NEURONS_TOGETHER = 32  # that are computed as one panel
 _TILE = 64  # a square of 2-byte elements whose lines stay in the L1 cache
 
 Loader = Callable[[slice], np.ndarray]
@@ -87,12 +91,12 @@ class Source(Protocol):
 def open_source(
     path_or_repo: str | os.PathLike[str],
     *,
-    plain: bool = False,
+    layout: str = USUAL,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """A GGUF file, the folder of a checkpoint, or `organisation/name` of Hugging Face.
 
-    plain : ffn_down as llama.cpp has it, also where the activation is sparse, and no predictors
+    layout : of ffn_down: USUAL, PLAIN or BY_NEURON
     progress : called with (done_bytes, total_bytes) during a download
     """
     if not os.fspath(path_or_repo):
@@ -100,9 +104,9 @@ def open_source(
     path = Path(path_or_repo)
     if path.is_file() or path.suffix == ".gguf":
         _check_no_checkpoint(path)
-        return GGUFSource(open_gguf(path), plain=plain)
+        return GGUFSource(open_gguf(path), layout=layout)
     checkpoint = open_checkpoint(path_or_repo, progress=progress)
-    source = CheckpointSource(checkpoint, plain=plain)
+    source = CheckpointSource(checkpoint, layout=layout)
     source.notices += checkpoint.notices
     return source
 
@@ -125,13 +129,10 @@ def _check_no_checkpoint(path: Path) -> None:
 
 
 class GGUFSource:
-    """The tensors of a GGUF, to be written with other types.
+    """The tensors of a GGUF, to be written with other types. layout : as for `open_source`"""
 
-    plain : down matrices as llama.cpp has them, no predictors; as a plain checkpoint's
-    """
-
-    def __init__(self, file: GGUFFile, *, plain: bool = False) -> None:
-        self._file, self._plain = file, plain
+    def __init__(self, file: GGUFFile, *, layout: str = USUAL) -> None:
+        self._file, self._layout = file, layout
         self.label = file.path.name
         self.name = file.path.stem
         self.files = [file.path]
@@ -144,13 +145,16 @@ class GGUFSource:
             found[names.ALIGNMENT] = self._file.metadata[names.ALIGNMENT]
         if self._file.powerinfer and self._file.architecture != "bamboo":
             found.setdefault(ACTIVATION, "relu")  # what the magic PWRI says, and the new file's will not
-        if self._plain:
+        if self._layout == PLAIN:
             found.pop(names.POWERINFER_SPARSE_THRESHOLD, None)
         return {key: value for key, value in found.items() if not key.startswith("split.")}
 
     def tensors(self) -> list[SourceTensor]:
+        """Raises InputError where BY_NEURON is asked for and cannot be."""
         found = [self._show(tensor) for tensor in self._file.tensors.values()]
-        if not self._plain:
+        if self._layout == BY_NEURON:
+            return _by_neuron(found, self.label)
+        if self._layout == USUAL:
             return found
         return [
             _renamed(each, names.FFN_DOWN_T, names.FFN_DOWN)
@@ -186,9 +190,12 @@ class GGUFSource:
 
 
 class CheckpointSource:
-    """The tensors of a checkpoint under the names and in the order of its family."""
+    """The tensors of a checkpoint under the names and in the order of its family.
 
-    def __init__(self, checkpoint: Checkpoint, *, plain: bool = False) -> None:
+    layout : as for `open_source`
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, layout: str = USUAL) -> None:
         self._checkpoint = checkpoint
         self._family = family_of(checkpoint.config)
         self.label = checkpoint.path.name
@@ -196,7 +203,7 @@ class CheckpointSource:
         self.notices: list[str] = []
         folder = checkpoint.path
         self.files = [each for each in folder.iterdir() if each.is_file()] if folder.is_dir() else []
-        self._plain = plain
+        self._layout = layout
 
     def metadata(self) -> dict[str, object]:
         from pyinfer_convert.vocab import tokenizer_metadata
@@ -217,11 +224,14 @@ class CheckpointSource:
         return bind(self._family.tensors(self._checkpoint.config), self._checkpoint)
 
     def tensors(self) -> list[SourceTensor]:
-        """Raises FormatError for a missing tensor or a wrong shape, UnsupportedError for one too many."""
-        config = self._checkpoint.config
-        by_neuron = not self._plain and _is_sparse(self._family, self._family.metadata(config))
+        """Raises FormatError for a missing tensor or a wrong shape, UnsupportedError for one too many,
+        InputError where BY_NEURON is asked for and cannot be.
+        """
         found = [self._show(rule) for rule in self._rules]
-        if not by_neuron:
+        if self._layout == BY_NEURON:
+            return _by_neuron(found, self.label)
+        metadata = self._family.metadata(self._checkpoint.config)
+        if self._layout == PLAIN or not _is_sparse(self._family, metadata):
             return found
         return [_renamed(each, names.FFN_DOWN, names.FFN_DOWN_T) for each in found]
 
@@ -264,6 +274,21 @@ class _Held:
         whole = make() if self._whole is None else self._whole
         self._whole = whole if part.stop < rows else None
         return whole
+
+
+def _by_neuron(tensors: list[SourceTensor], label: str) -> list[SourceTensor]:
+    """ffn_down of all layers as ffn_down_t, which a model can be run from when this says nothing."""
+    found = [_renamed(each, names.FFN_DOWN, names.FFN_DOWN_T) for each in tensors]
+    downs = [each for each in found if each.name.endswith(f".{names.FFN_DOWN_T}.weight")]
+    if not downs:
+        raise InputError(f"{label}: has no ffn_down to keep neuron by neuron; leave out --by-neuron")
+    for each in downs:
+        if each.rows % NEURONS_TOGETHER:
+            raise InputError(
+                f"{label}: its layers have {each.rows} neurons, expected a multiple of {NEURONS_TOGETHER} to "
+                "keep them neuron by neuron; leave out --by-neuron"
+            )
+    return found
 
 
 def _renamed(tensor: SourceTensor, old: str, new: str) -> SourceTensor:

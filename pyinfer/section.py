@@ -28,6 +28,7 @@ from pyinfer.section_bytes import (
     HASH_BYTES,
     HEADER_BYTES,
     MAGIC,
+    MOST_BYTES,
     VERSION,
     Entry,
     Section,
@@ -44,7 +45,16 @@ except ImportError:
     fcntl = None
     import msvcrt
 
-__all__ = ["Entry", "Section", "body_bytes", "model_hash", "read_section", "update_section", "write_section"]
+__all__ = [
+    "Entry",
+    "Section",
+    "SectionError",
+    "body_bytes",
+    "model_hash",
+    "read_section",
+    "update_section",
+    "write_section",
+]
 
 _SAMPLE_BYTES = 4096  # of each end of a tensor, for the hash
 _MOST_ALIGNMENT = 1 << 20  # of a file that a section is written to: the gap is filled
@@ -61,6 +71,16 @@ class _Found:
     sequence: int
     data: bytearray
     section: Section
+
+
+class SectionError(FormatError):
+    """A section that cannot be used.
+
+    found : file and finding, without what to do about it;  newer : it only needs a later pyinfer
+    """
+
+    found: str
+    newer: bool
 
 
 class _NewerError(FormatError):
@@ -98,7 +118,7 @@ def body_bytes(file: GGUFFile) -> int:
 def read_section(file: GGUFFile) -> Section | None:
     """The section of an open model; None where there is none.
 
-    raises FormatError, one sentence: it is damaged, of a newer version, or of another model
+    raises SectionError, one sentence: it is damaged, too large, of a newer version, or of another model
     """
     path, begin = file.bodies[-1].path, body_bytes(file)
     model = bytes.fromhex(model_hash(file))
@@ -173,11 +193,12 @@ def _edit(
     return section
 
 
-def _damaged(path: Path, problem: FormatError) -> FormatError:
-    remedy = "; the model runs without it"
-    if not isinstance(problem, _NewerError):
-        remedy += ", and `pyinfer-convert profile --fresh` makes a new one"
-    return FormatError(f"{path.name}: its placement section {problem}{remedy}")
+def _damaged(path: Path, problem: FormatError) -> SectionError:
+    found, newer = f"{path.name}: its placement section {problem}", isinstance(problem, _NewerError)
+    remedy = "" if newer else ", and `pyinfer-convert profile --fresh` makes a new one"
+    error = SectionError(f"{found}; the model runs without it{remedy}")
+    error.found, error.newer = found, newer
+    return error
 
 
 def _find(handle: BinaryIO, begin: int, model: bytes) -> tuple[_Found | None, FormatError | None]:
@@ -204,6 +225,8 @@ def _find(handle: BinaryIO, begin: int, model: bytes) -> tuple[_Found | None, Fo
             found.append(_load(handle, place, size, model))
         except FormatError as error:
             problems.append(error)
+        except MemoryError:
+            problems.append(FormatError("needs more memory than there is"))
     if found:
         return max(found, key=lambda each: each.sequence), None
     newer = [problem for problem in problems if isinstance(problem, _NewerError)]
@@ -222,6 +245,10 @@ def _load(handle: BinaryIO, begin: int, size: int, model: bytes) -> _Found:
         raise FormatError(
             f"has {header.nbytes} bytes, of which {size - begin} are in the file; it is cut off"
         )
+    if header.nbytes > MOST_BYTES:
+        raise FormatError(f"has {header.nbytes} bytes, expected at most {MOST_BYTES}")
+    if decode_footer(_read(handle, begin + header.nbytes - FOOTER_BYTES, FOOTER_BYTES)) != header.nbytes:
+        raise FormatError("has no footer where its header says that it ends")
     data = bytearray(header.nbytes)
     handle.seek(begin)
     done = 0

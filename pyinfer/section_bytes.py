@@ -30,8 +30,10 @@ _TYPES = {
     np.dtype(name).name: np.dtype(name).newbyteorder("<")
     for name in ("b1", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8")
 }
+MOST_BYTES = 256 << 20  # of a section: it is read as a whole; one of 80 layers x 28672 neurons has some 40 MB
 _MOST_DIRECTORY_BYTES = 16 << 20
 _MOST_DIMENSIONS, _MOST_DEPTH, _MOST_NAME = 8, 16, 200
+_MOST_DIGITS = 300  # of an integer in an info, so that it is a float64, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,10 @@ def padded(n_bytes: int, alignment: int = ALIGNMENT) -> int:
 
 
 def encode(section: Section, sequence: int, model: bytes) -> bytes:
-    """The section's bytes, a multiple of 32. Raises InputError for what the format cannot hold."""
+    """The section's bytes, a multiple of 32, at most MOST_BYTES.
+
+    raises InputError for what the format cannot hold
+    """
     directory: dict[str, Any] = {}
     blobs: list[bytes] = []
     at = 0
@@ -80,6 +85,11 @@ def encode(section: Section, sequence: int, model: bytes) -> bytes:
                     f"array {key!r} of {name!r} has type {array.dtype} and {array.ndim} dimensions, "
                     f"expected one of {', '.join(_TYPES)} and at most {_MOST_DIMENSIONS}"
                 )
+            if at + array.nbytes > MOST_BYTES or max(array.shape, default=0) > MOST_BYTES:
+                raise InputError(
+                    f"array {key!r} of {name!r} has {array.nbytes} bytes in shape {array.shape}, "
+                    f"expected at most {MOST_BYTES} bytes in all of a section"
+                )
             blob = array.astype(_TYPES[array.dtype.name], copy=False).tobytes()
             arrays[key] = {"type": array.dtype.name, "shape": list(array.shape), "begin": at}
             blobs.append(blob.ljust(padded(len(blob)), b"\0"))
@@ -88,6 +98,8 @@ def encode(section: Section, sequence: int, model: bytes) -> bytes:
     text = _directory_text(directory)
     body = b"".join([text.ljust(padded(len(text)), b"\0"), *blobs])
     nbytes = HEADER_BYTES + len(body) + FOOTER_BYTES
+    if nbytes > MOST_BYTES:
+        raise InputError(f"the entries take {nbytes} bytes, expected at most {MOST_BYTES}")
     head = _HEADER.pack(MAGIC, VERSION, 0, sequence, nbytes, model, len(text), 0, 0)[:-4]
     head += struct.pack("<I", zlib.crc32(head))
     foot = _FOOTER.pack(nbytes, sequence, VERSION, 0, b"")[:-12]
@@ -103,7 +115,7 @@ def _check_name(name: object) -> None:
 def _directory_text(directory: dict[str, Any]) -> bytes:
     try:
         text = json.dumps(directory, allow_nan=False, separators=(",", ":")).encode("ascii")
-        same = json.loads(text) == directory and _is_flat(directory, _MOST_DEPTH)
+        same = json.loads(text, parse_int=_short) == directory and _is_flat(directory, _MOST_DEPTH)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the info of an entry cannot be stored: {error}") from None
     if not same:
@@ -116,6 +128,13 @@ def _directory_text(directory: dict[str, Any]) -> bytes:
             f"infos take {len(text)} bytes, expected at most {_MOST_DIRECTORY_BYTES}; use an array"
         )
     return text
+
+
+def _short(word: str) -> int:
+    """An integer of JSON. Raises ValueError: Python takes long for long ones, and refuses to print them."""
+    if len(word) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(word)} digits, expected at most {_MOST_DIGITS}")
+    return int(word)
 
 
 def _is_flat(value: object, levels: int) -> bool:
@@ -172,7 +191,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
         raise ValueError(word)
 
     try:
-        found = json.loads(text.decode("utf-8"), parse_float=finite, parse_constant=finite)
+        found = json.loads(text.decode("utf-8"), parse_float=finite, parse_constant=finite, parse_int=_short)
     except (ValueError, RecursionError):  # of which UnicodeDecodeError is one
         raise FormatError("has a directory that is not valid JSON") from None
     if not isinstance(found, dict) or not _is_flat(found, _MOST_DEPTH):
@@ -216,9 +235,10 @@ def _described(described: object, what: str) -> tuple[np.dtype, tuple[int, ...],
     kind, shape, begin = described.get("type"), described.get("shape"), described.get("begin")
     lengths = shape if isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS else [None]
     known = isinstance(kind, str) and kind in _TYPES and type(begin) is int
-    if not known or any(type(n) is not int or n < 0 for n in lengths):
+    # Bounded one by one: the product of eight long ones cannot even be printed.
+    if not known or any(type(n) is not int or not 0 <= n <= MOST_BYTES for n in lengths):
         raise FormatError(
             f"has an {what} of type {kind!r:.40} and shape {shape!r:.80}, "
-            f"expected one of {', '.join(_TYPES)} and at most {_MOST_DIMENSIONS} lengths"
+            f"expected one of {', '.join(_TYPES)} and at most {_MOST_DIMENSIONS} lengths up to {MOST_BYTES}"
         )
     return _TYPES[kind], tuple(lengths), begin

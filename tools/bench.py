@@ -13,6 +13,7 @@ import click
 
 from pyinfer.errors import PyInferError
 from pyinfer.neurons.hardware import GPUS, USUAL_GPU, Hardware, measure_hardware, write_hardware
+from pyinfer.program.sparsity import DENSE
 from pyinfer.runtime.loader import default_threads
 from pyinfer_tools.engine import Engine, median, open_session, token_bytes
 from pyinfer_tools.memory import peak_memory_bytes
@@ -22,13 +23,19 @@ _WARM_STEPS = 4
 
 
 def measure(
-    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int
+    model: str,
+    threads: int | None,
+    n_prompt: int,
+    n_decode: int,
+    repeats: int,
+    batch: int,
+    sparsity: str = "auto",
 ) -> dict[str, object]:
     """All figures of one model.
 
     The parameters are those of `_model_figures`;  read_bandwidth_bytes_per_second is the machine's own.
     """
-    figures = _model_figures(model, threads, n_prompt, n_decode, repeats, batch)
+    figures = _model_figures(model, threads, n_prompt, n_decode, repeats, batch, sparsity)
     # Measured after the model is closed and forgotten, because it needs memory of its own.
     from pyinfer.jit import read_bandwidth
 
@@ -37,19 +44,28 @@ def measure(
 
 
 def _model_figures(
-    model: str, threads: int | None, n_prompt: int, n_decode: int, repeats: int, batch: int
+    model: str,
+    threads: int | None,
+    n_prompt: int,
+    n_decode: int,
+    repeats: int,
+    batch: int,
+    sparsity: str,
 ) -> dict[str, object]:
     """What is measured on an open model.
 
     n_prompt, n_decode : tokens per run, 0 leaves the run out;  batch : sequences decoded together
+    sparsity : as `load_model` takes it
     decode_tokens_per_second counts the tokens of all sequences; first_token_seconds runs from the start of
     loading to the logits behind a prompt of 16 tokens; achieved_bytes_per_second is what decode reads of the
-    file's weights.
+    file's weights, and left out where it skips neurons.
     """
     start = time.perf_counter()
     n_ctx = max(n_prompt, n_decode, _FIRST_PROMPT)
-    with open_session(model, n_ctx, threads, batch) as (loaded, session):
+    with open_session(model, n_ctx, threads, batch, sparsity) as (loaded, session):
         load_seconds = time.perf_counter() - start
+        for notice in loaded.notices:
+            click.echo(f"note: {notice}", err=True)
         engine = Engine(session)
         engine.prefill_run(_FIRST_PROMPT)
         first_token_seconds = time.perf_counter() - start
@@ -57,6 +73,7 @@ def _model_figures(
             "model": model,
             "threads": session.n_threads,
             "batch": batch,
+            "sparsity": sparsity,
             "load_seconds": load_seconds,
             "first_token_seconds": first_token_seconds,
         }
@@ -69,7 +86,8 @@ def _model_figures(
             seconds = [engine.decode_run(n_decode, n_sequences=batch)[1] for _ in range(repeats)]
             steps_per_second = n_decode / median(seconds)
             figures["decode_tokens_per_second"] = batch * steps_per_second
-            figures["achieved_bytes_per_second"] = steps_per_second * token_bytes(loaded)
+            if loaded.plan.modes == {DENSE}:
+                figures["achieved_bytes_per_second"] = steps_per_second * token_bytes(loaded)
         figures["peak_memory_bytes"] = peak_memory_bytes()
         figures["file_bytes"] = loaded.file.file_bytes
     return figures
@@ -87,7 +105,10 @@ def report(figures: dict[str, object]) -> str:
         ("achieved_bytes_per_second", "weights read in decode", 1e9, "GB/s"),
         ("read_bandwidth_bytes_per_second", "machine's read bandwidth", 1e9, "GB/s"),
     ]
-    lines = [f"{figures['model']}, {figures['threads']} threads, batch {figures['batch']}"]
+    lines = [
+        f"{figures['model']}, {figures['threads']} threads, batch {figures['batch']}, "
+        f"sparsity {figures['sparsity']}"
+    ]
     for key, label, divisor, unit in shown:
         if key in figures:
             lines.append(f"{label:>25} {figures[key] / divisor:12,.2f} {unit}")
@@ -117,7 +138,7 @@ def _bench_hardware(options: dict[str, Any]) -> str:
 
 
 def _bench_model(options: dict[str, Any]) -> str:
-    names = ("model", "threads", "n_prompt", "n_decode", "repeats", "batch")
+    names = ("model", "threads", "n_prompt", "n_decode", "repeats", "batch", "sparsity")
     figures = measure(**{name: options[name] for name in names})
     return json.dumps(figures) if options["as_json"] else report(figures)
 
@@ -140,6 +161,13 @@ def _bench_model(options: dict[str, Any]) -> str:
     "-r", "repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs; medians count."
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences per step.")
+@click.option(
+    "--sparsity",
+    default="auto",
+    show_default=True,
+    help="Which neurons are computed: auto, exact, predicted, cats=SHARE, dense. On the random tokens that "
+    "are run here other neurons fire than on a text.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def main(**options: Any) -> None:
     """Measure prefill, decode, load and memory of a model, or the machine itself."""

@@ -64,13 +64,14 @@ class _Layers:
         for layer in range(self.layers):
             gate, up = (self._q4_0(f"{name}{layer}", neurons, width) for name in ("gate", "up"))
             if sparse:
-                g = self._emit("linear_at", (x, mask), neurons, gate, **some)
-                a = self._emit("activate", (g,), neurons, gate, activation="silu")  # zero for no active one
+                self._emit("linear_at", (x, mask), neurons, gate, **some)
+                # The mask stands for the gate's values, so that just the asked share goes on.
+                a = self._emit("activate", (mask,), neurons, gate, activation="relu")
                 h = self._emit("linear_at", (x, a), neurons, up, thresholds=None, times=True)
                 y = self._emit("linear_t", (h,), width, self._q4_0(f"down{layer}", neurons, width))
             else:
                 g, u = (self._emit("linear", (x,), neurons, each) for each in (gate, up))
-                h = self._emit("gate", (g, u), neurons, gate, activation="silu")
+                h = self._emit("gate", (g, u), neurons, gate, activation="relu")
                 y = self._emit("linear", (h,), width, self._q4_0(f"down{layer}", width, neurons))
             norm = self._floats("norm", np.ones(width))
             x = self._emit("rms_norm", (y,), width, norm, epsilon=1e-5, heads=1)

@@ -32,6 +32,13 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--heldout", default=131_072, show_default=True, type=click.IntRange(1), help="Tokens to judge by."
 )
+@click.option(
+    "--rate",
+    default=1e-4,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Of learning, at first.",
+)
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
@@ -66,6 +73,7 @@ def _make(teacher: Path, output: Path, state: Path | None, options: dict) -> str
         tokens=options["tokens"],
         minutes=options["minutes"],
         sparsity=options["sparsity"],
+        rate=options["rate"],
         threads=options["threads"],
         seed=options["seed"],
     )

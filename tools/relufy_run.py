@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from pyinfer_tools.relufy_score import Quality, measure
 from pyinfer_tools.relufy_train import Plan, Trainer
 
 CHECK_SECONDS = 180  # between checkpoints
-QUICK_ROWS = 64  # of held-out text that a check reads; every LONG_CHECK-th and the last one read all
-LONG_CHECK = 8
+QUICK_ROWS = 64  # of held-out text that a check reads, always the same; the report is about all of it
 LEVELS = (0.70, 0.75, 0.80, 0.85, 0.90)  # of sparsity, the best state of each is kept
 HELDOUT_SEED = 900_000
 
@@ -142,33 +141,35 @@ class Run:
     def train(self, show: Callable[[str], None]) -> None:
         """Train to the end of the plan; a check every few minutes, a checkpoint with it. Resumable."""
         trainer, last = self.trainer, time.perf_counter()
+        self.first = replace(trainer.done)
         with Progress(sys.stderr, "training", "tokens") as progress:
             while trainer.part() < 1:
                 trainer.step()
                 self._tell(progress)
                 if trainer.part() >= 1 or time.perf_counter() - last > CHECK_SECONDS:
-                    line = self.check(trainer.part() >= 1)
+                    line = self.check()
                     progress.close()
                     show(line)
                     last = time.perf_counter()
 
     def _tell(self, progress: Progress) -> None:
-        done, part = self.trainer.done, self.trainer.part()
-        total = max(done.tokens, round(done.tokens / part)) if part else self.plan.tokens
+        done, total = self.trainer.done, self.plan.tokens
+        if self.plan.minutes:
+            rate = (done.tokens - self.first.tokens) / max(1e-9, done.seconds - self.first.seconds)
+            total = min(total, done.tokens + round(rate * max(0.0, 60 * self.plan.minutes - done.seconds)))
         held = f", held-out perplexity {self.curve[-1]['perplexity']:.3f}" if self.curve else ""
         progress.note = f"KL {done.divergence:.4f}, {100 - 100 * done.active:.1f} % zero{held}"
         progress(done.tokens, total)
 
-    def check(self, last: bool) -> str:
+    def check(self) -> str:
         """Score the student on held-out text, write the checkpoint, keep the best of each level."""
         began = time.perf_counter()
         done = self.trainer.done
-        full = last or (len(self.curve) + 1) % LONG_CHECK == 0
-        found = self._measure(self.trainer.average, full)
+        found = self._measure(self.trainer.average, False)
         row: dict[str, Any] = {
             "part": self.trainer.part(), "step": done.step, "tokens": done.tokens, "seconds": done.seconds,
             "divergence": done.divergence, "state_error": done.error, "price": math.exp(done.log_price),
-            "all_heldout": full, "perplexity": found.perplexity, "above_teacher": self._above(found, full),
+            "perplexity": found.perplexity, "above_teacher": self._above(found, False),
             "zero": found.zero, "zero_per_layer": found.zero_per_layer,
         }  # fmt: skip
         self.curve.append(row)

@@ -85,11 +85,12 @@ def chunks(tokens: Sequence[int], n_ctx: int, n_chunks: int, bos: int | None) ->
         yield chunk
 
 
-def scored_blocks(n_ctx: int, n_vocab: int) -> Iterator[tuple[int, int]]:
-    """Ranges of positions whose logits are wanted, ascending, at most 64 MiB of logits each.
+def scored_blocks(n_ctx: int, n_vocab: int, most_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """Ranges of positions whose logits are wanted, ascending, at most 64 MiB of logits and most_rows each.
 
     Together they cover n_ctx / 2 .. n_ctx - 2; position p predicts token p + 1.
     """
     rows = max(1, _LOGITS_BYTES // (4 * n_vocab))
+    rows = min(rows, most_rows or rows)
     for start in range(n_ctx // 2, n_ctx - 1, rows):
         yield start, min(start + rows, n_ctx - 1)

@@ -74,10 +74,10 @@ def _activate_kernel(kind: int) -> Kernel:
 
 @kernel
 def keep(operands, step, first, last, thread):
-    """out = x where |x| >= NUMBER, else 0"""
+    """out = 0 where |x| < NUMBER, else x"""
     given = i64_at(operands)
     least = f32_at(given[NUMBER])[0]
     for row in range(first, last):
         x, out = f32_at(row_at(given, IN, row, thread)), f32_at(row_at(given, OUT, row, thread))
         for i in range(given[WIDTH]):
-            out[i] = x[i] if abs(x[i]) >= least else float32(0)
+            out[i] = float32(0) if abs(x[i]) < least else x[i]

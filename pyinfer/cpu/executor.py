@@ -16,6 +16,7 @@ from pyinfer.jit.levels import TILES, level
 from pyinfer.jit.team import ITEMS, Team
 from pyinfer.program.program import NEURON_MAJOR, Program
 from pyinfer.program.rope import Rope
+from pyinfer.program.sparsity import STATS
 
 PREFILL_ATTEND_ROWS = 8
 TABLE_ROWS = 4096
@@ -31,7 +32,7 @@ class Executor:
         self._team = team
         self._step = Step(capacity)
         self._plans: dict[tuple[int, int, bool], Plan] = {}
-        self._skips = any(op.name in NEURON_MAJOR for op in program.ops)
+        self._skips = any(op.name in NEURON_MAJOR or op.params.get("what") in STATS for op in program.ops)
         self._shape: tuple | None = None
         cache = program.cache
         element_bytes = attention.element_bytes_of({each.name: each.type for each in program.weights()})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pyinfer.jit.codes import lowest_bit, nonzero_bits, reaching_bits
+from numpy import float32
+
+from pyinfer.jit.codes import above_bits, lowest_bit, nonzero_bits, reaching_bits
 from pyinfer.jit.kernel import inline
-from pyinfer.jit.memory import i32_at, i64_at, prefetch
+from pyinfer.jit.memory import f32_at, i32_at, i64_at, prefetch
 from pyinfer.jit.transpose import transpose_pairs, transpose_words
 from pyinfer.quants.neuron_rows import BLOCK
 from pyinfer.quants.panels import PANEL_ROWS, Layout
+
+NOT_ZERO, REACHING, ABOVE = range(3)  # what a mask asks for
 
 
 def gathered_bytes(layout: Layout, columns: int) -> int:
@@ -74,18 +78,24 @@ def gather_floats(table, ahead, panel, columns, bits):
 
 
 @inline
-def select(mask, stride, rows, width, thresholds, listing):
+def select(mask, stride, rows, width, rule, bound, listing):
     """Which of `width` neurons at least one of the rows asks for; returns how many. Rows have room for 16
     more.
 
-    Asked for is what is not 0, or what reaches its threshold (an address, 0 for none).
+    rule : NOT_ZERO, REACHING (bound: address of a threshold for each neuron) or ABOVE (of one number)
     """
     wanted, count = i32_at(listing), 0
+    least = f32_at(bound)[0] if rule == ABOVE else float32(0)
     for f in range(0, width, 16):
         bits = 0
         for t in range(rows):
             here = mask + t * stride + 4 * f
-            bits |= reaching_bits(here, thresholds + 4 * f) if thresholds != 0 else nonzero_bits(here)
+            if rule == REACHING:
+                bits |= reaching_bits(here, bound + 4 * f)
+            elif rule == ABOVE:
+                bits |= above_bits(here, least)
+            else:
+                bits |= nonzero_bits(here)
         if width - f < 16:
             bits &= (1 << (width - f)) - 1
         while bits != 0:

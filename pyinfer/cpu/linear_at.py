@@ -15,6 +15,8 @@ from functools import cache
 from numpy import float32
 
 from pyinfer.cpu.gather import (
+    ABOVE,
+    REACHING,
     code_blocks,
     gather_codes,
     gather_floats,
@@ -46,12 +48,12 @@ from pyinfer.jit.transpose import transpose_words
 from pyinfer.quants.neuron_rows import BLOCK
 from pyinfer.quants.panels import PANEL_ROWS, Layout
 
-# Operands, int64, behind those of `pyinfer.cpu.linear`. SCRATCH: a thread's memory, with, at so many bytes,
-# TABLE: addresses of 32 rows, LISTING: the wanted rows, RESULT: 16 outputs per row of x, PANEL: a panel, or a
-# block of codes and all scales. SLOTS: the parts (items) that the wanted rows are divided into. LINEAR and
-# INNER: the kernel for panels and each thread's operands for it.
+# Operands, int64, behind those of `pyinfer.cpu.linear`. BOUND: address of what `select` compares with.
+# SCRATCH: a thread's memory, with, at so many bytes, TABLE: addresses of 32 rows, LISTING: the wanted rows,
+# RESULT: 16 outputs per row of x, PANEL: a panel, or a block of codes and all scales. SLOTS: the parts that
+# the wanted rows are divided into (items). LINEAR, INNER: the kernel for panels, its operands.
 (
-    WIDTH, MASK, MASK_STRIDE, MASK_PRIVATE, THRESHOLDS, LINEAR, INNER, SCRATCH, SCRATCH_BYTES, TABLE, RESULT,
+    WIDTH, MASK, MASK_STRIDE, MASK_PRIVATE, BOUND, LINEAR, INNER, SCRATCH, SCRATCH_BYTES, TABLE, RESULT,
     LISTING, PANEL, SLOTS,
 ) = range(13, 27)  # fmt: skip
 OPERANDS = 27
@@ -60,11 +62,14 @@ BLOCK_BYTES = 64 * BLOCK  # of 16 words of 16 rows
 
 
 @cache
-def linear_at(layout: Layout, tile: int, times: bool) -> Kernel:
-    """The kernel for steps of few rows; items are SLOTS parts of the wanted rows. times: y times mask."""
+def linear_at(layout: Layout, tile: int, rule: int, power: int) -> Kernel:
+    """The kernel for steps of few rows; items are SLOTS parts of the wanted rows.
+
+    rule : what the mask asks for (`pyinfer.cpu.gather.select`);  y is times mask to the `power`
+    """
     if layout.is_float:
-        return _few_floats(("f32", "f16", "bf16").index(layout.name), tile, int(times))
-    return _few_quantized(layout.bits, layout.group, int(layout.has_minimum), tile, int(times))
+        return _few_floats(("f32", "f16", "bf16").index(layout.name), tile, rule, power)
+    return _few_quantized(layout.bits, layout.group, int(layout.has_minimum), tile, rule, power)
 
 
 @cache
@@ -74,11 +79,11 @@ def linear_rows(layout: Layout) -> Kernel:
 
 
 @inline
-def _begin(given, rows, scratch, mask, first, last):
+def _begin(given, rows, scratch, mask, first, last, rule):
     """List the wanted rows, clear the part of y that belongs to these items; returns theirs, [begin, end)."""
     slots, width, listing = given[SLOTS], given[WIDTH], scratch + given[LISTING]
     wanted = i32_at(listing)
-    n = select(mask, given[MASK_STRIDE], rows, width, given[THRESHOLDS], listing)
+    n = select(mask, given[MASK_STRIDE], rows, width, rule, given[BOUND], listing)
     panels = (n + PANEL_ROWS - 1) // PANEL_ROWS
     begin, end = PANEL_ROWS * (panels * first // slots), min(n, PANEL_ROWS * (panels * last // slots))
     low = 0 if first == 0 else wanted[begin] if begin < n else width
@@ -97,24 +102,34 @@ def _point(given, scratch, table, at, end):
 
 
 @inline
-def _scatter(given, scratch, mask, rows, at, end, times):
+def _scatter(given, scratch, mask, rows, at, end, rule, power):
     """The results of 16 wanted rows -> their places in y, as the mask asks."""
     wanted = i32_at(scratch + given[LISTING] + 4 * at)
-    thresholds, bias = f32_at(given[THRESHOLDS]), f32_at(given[BIAS])
+    bound, bias = f32_at(given[BOUND]), f32_at(given[BIAS])
     for t in range(rows):
         asked, out = f32_at(mask + t * given[MASK_STRIDE]), f32_at(given[OUT] + t * given[OUT_STRIDE])
         y = f32_at(scratch + given[RESULT] + 4 * PANEL_ROWS * t)
         for r in range(min(PANEL_ROWS, end - at)):
             f = wanted[r]
-            value = y[r] + bias[f] if given[BIAS] != 0 else y[r]
-            if times != 0:
-                value *= asked[f]
-            elif asked[f] < thresholds[f]:  # wanted by another row
+            value, factor = y[r], asked[f]
+            if given[BIAS] != 0:
+                value += bias[f]
+            if power == 1:
+                value *= factor
+            elif power == 2:
+                value *= factor * factor
+            if rule == REACHING:
+                missed = factor < bound[f]
+            elif rule == ABOVE:
+                missed = factor <= bound[0]
+            else:
+                missed = factor == float32(0)
+            if missed:  # wanted by another row only
                 value = float32(0)
             out[f] = value
 
 
-def _few_quantized(bits: int, group: int, has_minimum: int, tile: int, times: int) -> Kernel:
+def _few_quantized(bits: int, group: int, has_minimum: int, tile: int, rule: int, power: int) -> Kernel:
     together = group * bits // 16
     scale_bytes = 64 * (1 + has_minimum)
 
@@ -124,7 +139,7 @@ def _few_quantized(bits: int, group: int, has_minimum: int, tile: int, times: in
         rows, stride = words[given[COUNT]], words[given[COUNT] + 1]
         scratch = given[SCRATCH] + thread * given[SCRATCH_BYTES]
         mask = given[MASK] + thread * given[MASK_PRIVATE]
-        begin, end = _begin(given, rows, scratch, mask, first, last)
+        begin, end = _begin(given, rows, scratch, mask, first, last, rule)
         chunks = (given[COLUMNS] + 2 * group - 1) // (2 * group)
         columns = 64 * ((given[COLUMNS] + 63) // 64)
         blocks = code_blocks(given[COLUMNS], bits, group)
@@ -147,13 +162,13 @@ def _few_quantized(bits: int, group: int, has_minimum: int, tile: int, times: in
                     here, at_scale = codes + 64 * (word % BLOCK), scales + chunk * scale_bytes
                     total = add_chunk(total, here, at_scale, parts, 2 * chunk, bits, group, has_minimum)
                 tile_store(total, scratch + given[RESULT] + 4 * PANEL_ROWS * t, 4 * PANEL_ROWS)
-            _scatter(given, scratch, mask, rows, at, end, times)
+            _scatter(given, scratch, mask, rows, at, end, rule, power)
             table, ahead = ahead, table
 
     return linear_at_quantized
 
 
-def _few_floats(kind: int, tile: int, times: int) -> Kernel:
+def _few_floats(kind: int, tile: int, rule: int, power: int) -> Kernel:
     bits = 32 if kind == 0 else 16
 
     @kernel
@@ -162,7 +177,7 @@ def _few_floats(kind: int, tile: int, times: int) -> Kernel:
         rows = i64_at(step)[given[COUNT]]
         scratch = given[SCRATCH] + thread * given[SCRATCH_BYTES]
         mask = given[MASK] + thread * given[MASK_PRIVATE]
-        begin, end = _begin(given, rows, scratch, mask, first, last)
+        begin, end = _begin(given, rows, scratch, mask, first, last, rule)
         table, panel = scratch + given[TABLE], scratch + given[PANEL]
         ahead = table + 8 * PANEL_ROWS
         if begin < end:
@@ -182,7 +197,7 @@ def _few_floats(kind: int, tile: int, times: int) -> Kernel:
                         column = load_bf16x16(panel + 32 * c)
                     total = tile_add_product(total, column, x + 4 * c, given[X_STRIDE])
                 tile_store(total, scratch + given[RESULT] + 4 * PANEL_ROWS * t, 4 * PANEL_ROWS)
-            _scatter(given, scratch, mask, rows, at, end, times)
+            _scatter(given, scratch, mask, rows, at, end, rule, power)
             table, ahead = ahead, table
 
     return linear_at_floats

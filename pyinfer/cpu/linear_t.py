@@ -17,7 +17,7 @@ from functools import cache
 
 from numpy import float32
 
-from pyinfer.cpu.gather import select
+from pyinfer.cpu.gather import NOT_ZERO, select
 from pyinfer.jit.codes import load_scales, tile_add_codes
 from pyinfer.jit.kernel import Kernel, inline, kernel
 from pyinfer.jit.memory import f32_at, i32_at, i64_at, prefetch
@@ -52,7 +52,7 @@ def tables_bytes(rows: int) -> int:
 
 
 def span_of(layout: Layout) -> int:
-    """Columns that one item makes: those of 16 words."""
+    """Columns that one item makes: those of 16 words of codes, or FLOAT_BLOCK floats."""
     return FLOAT_BLOCK if layout.is_float else 512 // layout.bits
 
 
@@ -116,7 +116,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         rows, spans = i64_at(step)[given[COUNT]], (given[WIDTH] + 128 * 4 // bits - 1) // (128 * 4 // bits)
         listing = given[LISTING] + thread * given[LISTING_BYTES]
         x = given[X] + thread * given[X_PRIVATE]
-        n = select(x, given[X_STRIDE], rows, given[FEATURES], 0, listing)
+        n = select(x, given[X_STRIDE], rows, given[FEATURES], NOT_ZERO, 0, listing)
         chunks = (given[WIDTH] + 2 * group - 1) // (2 * group)
         scales = (chunks * together + 15) // 16 * 64
         minima = scales + (chunks + 15) // 16 * 64
@@ -187,7 +187,7 @@ def _float_kernel(kind: int) -> Kernel:
         given = i64_at(operands)
         rows, listing = i64_at(step)[given[COUNT]], given[LISTING] + thread * given[LISTING_BYTES]
         x, wanted = given[X] + thread * given[X_PRIVATE], i32_at(listing)
-        n = select(x, given[X_STRIDE], rows, given[FEATURES], 0, listing)
+        n = select(x, given[X_STRIDE], rows, given[FEATURES], NOT_ZERO, 0, listing)
         begin, end = FLOAT_BLOCK * first, min(FLOAT_BLOCK * last, given[WIDTH])
         for t in range(rows):
             sums = given[SUMS] + 4 * t * FLOAT_BLOCK * ((given[WIDTH] + FLOAT_BLOCK - 1) // FLOAT_BLOCK)

@@ -12,9 +12,11 @@ from pyinfer.cpu import gather, linear_t_many, rows
 from pyinfer.cpu import linear as kernels
 from pyinfer.cpu import linear_at as kernels_at
 from pyinfer.cpu import linear_t as kernels_t
+from pyinfer.cpu.gather import ABOVE, NOT_ZERO, REACHING
 from pyinfer.cpu.lower_linear import linear_operands, prepare, quantized, residual_of
 from pyinfer.cpu.scratch import Buffer
 from pyinfer.cpu.weights import Matrix
+from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import DYNAMIC, STATIC
 from pyinfer.program.program import Op
 from pyinfer.quants.panels import PANEL_ROWS, U8, Layout, panels_of
@@ -22,13 +24,53 @@ from pyinfer.quants.panels import PANEL_ROWS, U8, Layout, panels_of
 if TYPE_CHECKING:
     from pyinfer.cpu.lowering import Lowering
 
+POWER = {"relu": 1, "fatrelu": 1, "relu2": 2}  # of what is above 0, or above the threshold
+
 
 def linear_rows(lowering: Lowering, op: Op, position: int) -> None:
     """A `linear` whose weights are kept neuron by neuron."""
     linear_at(lowering, op, position)
 
 
+def activated(lowering: Lowering, op: Op, position: int) -> int:
+    """An activation that is only the mask of the next op becomes part of it; returns how many ops it took.
+
+    Saves a pass over all neurons in every thread: of a 7B layer with 10 % of them active a tenth.
+    """
+    ops = lowering.program.ops
+    after = ops[position + 1] if position + 1 < len(ops) else None
+    name, _, threshold = op.params["activation"].partition(":")
+    if (
+        name not in POWER
+        or not lowering.by_rows
+        or after is None
+        or after.name != "linear_at"
+        or not after.params["times"]
+        or after.inputs[1] != op.output
+        or after.inputs[0] == op.output
+        or lowering.last_use[op.output.index] != position + 1
+    ):
+        return 0
+    mask = lowering.input(op)
+    _linear_at(lowering, after, mask, ABOVE, lowering.constant(float(threshold or 0)), POWER[name])
+    return 2
+
+
 def linear_at(lowering: Lowering, op: Op, position: int) -> None:
+    thresholds = op.params["thresholds"]
+    if not lowering.by_rows:
+        _linear_at(lowering, op, None, NOT_ZERO, 0, int(op.params["times"]))
+    elif thresholds is None:
+        _linear_at(lowering, op, lowering.input(op, 1), NOT_ZERO, 0, int(op.params["times"]))
+    else:
+        padded = np.full(panels_of(op.output.width) * PANEL_ROWS, np.inf, np.float32)
+        padded[: op.output.width] = thresholds
+        lowering.keep.append(padded)
+        _linear_at(lowering, op, lowering.input(op, 1), REACHING, padded.ctypes.data, int(op.params["times"]))
+
+
+def _linear_at(lowering: Lowering, op: Op, mask: Buffer | None, rule: int, bound: int, power: int) -> None:
+    """For few rows by the mask (see `pyinfer.cpu.linear_at.linear_at`), for many all."""
     matrix = lowering.machine.weights.matrices[op.weight.name]
     x = lowering.input(op)
     source = x if matrix.layout.is_float else prepare(lowering, op.inputs[0], x)
@@ -36,21 +78,19 @@ def linear_at(lowering: Lowering, op: Op, position: int) -> None:
     operands = np.zeros(kernels_at.OPERANDS, np.int64)
     operands[: kernels.OPERANDS] = linear_operands(lowering, matrix, source, out)
     operands[kernels_at.WIDTH], operands[kernels_at.BIAS] = matrix.rows, _bias(lowering, op)
-    if lowering.by_rows:
-        _few(lowering, op, matrix, operands, source, out)
-    else:
+    operands[kernels_at.BOUND] = bound
+    if mask is None:
         _all(lowering, op, matrix, operands, source, out)
+    else:
+        kernel = kernels_at.linear_at(matrix.layout, lowering.tile[lowering.count], rule, power)
+        _few(lowering, kernel, matrix, operands, [source, mask], out)
 
 
-def _few(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, out: Buffer) -> None:
-    mask, tile = lowering.input(op, 1), lowering.tile[lowering.count]
-    width, thresholds = panels_of(matrix.rows) * PANEL_ROWS, op.params["thresholds"]
+def _few(
+    lowering: Lowering, kernel: Kernel, matrix: Matrix, operands, reads: list[Buffer], out: Buffer
+) -> None:
+    width, mask = panels_of(matrix.rows) * PANEL_ROWS, reads[1]
     operands[kernels_at.MASK : kernels_at.MASK + 3] = mask.address, mask.stride, mask.private
-    if thresholds is not None:
-        padded = np.full(width, np.inf, np.float32)
-        padded[: matrix.rows] = thresholds
-        lowering.keep.append(padded)
-        operands[kernels_at.THRESHOLDS] = padded.ctypes.data
     parts = {
         kernels_at.TABLE: 2 * 8 * PANEL_ROWS,
         kernels_at.RESULT: 4 * PANEL_ROWS * (-(-lowering.capacity[lowering.count] // 8) * 8),
@@ -60,8 +100,7 @@ def _few(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, o
     operands[kernels_at.SCRATCH : kernels_at.SCRATCH + 2] = _scratch(lowering, operands, parts)
     operands[kernels_at.SLOTS] = lowering.machine.n_threads
     items = ("panels", lowering.machine.n_threads)
-    kernel = kernels_at.linear_at(matrix.layout, tile, op.params["times"])
-    lowering.emit(kernel, operands, items, STATIC, [source, mask], out)
+    lowering.emit(kernel, operands, items, STATIC, reads, out)
 
 
 def _all(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, out: Buffer) -> None:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from pyinfer.cpu import activations, embedding, norms, rows
 from pyinfer.cpu import observe as kernels
+from pyinfer.cpu.lower_neurons import activated
 from pyinfer.cpu.scratch import PRIVATE, Buffer
 from pyinfer.cpu.step import WANTED
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import STATIC
 from pyinfer.program.program import Op
-from pyinfer.program.sparsity import STATS
 from pyinfer.quants import quant
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ def gate(lowering: Lowering, op: Op, position: int) -> None:
     _activation(lowering, activations.gate, op)
 
 
-def activate(lowering: Lowering, op: Op, position: int) -> None:
-    _activation(lowering, activations.activate, op)
+def activate(lowering: Lowering, op: Op, position: int) -> int:
+    taken = activated(lowering, op, position)
+    if not taken:
+        _activation(lowering, activations.activate, op)
+    return taken or 1
 
 
 def scale(lowering: Lowering, op: Op, position: int) -> None:
@@ -67,8 +70,6 @@ def keep(lowering: Lowering, op: Op, position: int) -> None:
 
 def observe(lowering: Lowering, op: Op, position: int) -> None:
     """Once for every row, by whichever thread has it: unlike other row operations also in a step of one."""
-    if op.params["what"] in STATS and not lowering.by_rows:
-        return  # where nothing is skipped
     array = lowering.machine.observed.array(op.params["what"], op.params["layer"])
     lowering.keep.append(array)
     x = lowering.input(op)

@@ -1,4 +1,4 @@
-"""From a program to instructions for the team, for one class of steps: one row, up to four, or many; none,
+"""From a program to instructions for the team, for one class of steps: one row, few, or many; none,
 one, few or many wanted.
 
 A step of one row runs everything but linears and attention in every thread, into private copies: no barriers.
@@ -81,7 +81,7 @@ class Lowering:
         self.buffers: dict[int, Buffer] = {}
         self.prepared: dict[int, Buffer] = {}
         self.last_use = {
-            value.index: position for position, op in enumerate(program.ops) for value in op.inputs
+            value.index: position for position, op in enumerate(self.program.ops) for value in op.inputs
         }
         self._dirty: list[Buffer] = []
         self._thread_bytes = self._thread_address = 0

@@ -21,7 +21,9 @@ from pyinfer.jit.llvm import (
     load,
     multiply_add,
     shuffle,
+    splat,
     store,
+    truncate_to_half,
     word,
 )
 
@@ -141,13 +143,8 @@ def store_code_scale(typingctx, largest, target):
     """Write largest / 127 as 16 halves and give what to multiply with for codes of -127 to 127 (0 for 0)."""
 
     def generate(builder, largest_, target_):
-        halves = ir.VectorType(I16, LANES)
         scale = builder.fmul(largest_, constant_f32(1.0 / 127.0))
-        store(
-            builder,
-            builder.bitcast(builder.fptrunc(scale, ir.VectorType(ir.HalfType(), LANES)), halves),
-            target_,
-        )
+        store(builder, truncate_to_half(builder, scale), target_)
         some = builder.fcmp_ordered(">", largest_, constant_f32(0.0))
         return builder.select(some, builder.fdiv(constant_f32(127.0), largest_), constant_f32(0.0))
 
@@ -167,6 +164,17 @@ def nonzero_bits(typingctx, address):
         return _mask_bits(builder, builder.fcmp_unordered("!=", x, constant_f32(0.0)))
 
     return word(types.int32, generate, types.int64)
+
+
+@intrinsic
+def above_bits(typingctx, address, least):
+    """Bit k tells whether the float32 at address + 4 k is larger than `least`; also for NaN."""
+
+    def generate(builder, address_, least_):
+        x = load(builder, address_, f32x16.llvm)
+        return _mask_bits(builder, builder.fcmp_unordered(">", x, splat(builder, least_)))
+
+    return word(types.int32, generate, types.int64, types.float32)
 
 
 @intrinsic

@@ -103,23 +103,16 @@ def round_half_even(typingctx, value):
     return types.float32(types.float32), generate
 
 
-def _prefetch_word(locality):
-    @intrinsic
-    def ask(typingctx, address):
-        def generate(context, builder, signature, args):
-            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-            function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-            name = "llvm.prefetch.p0"
-            callee = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
-            builder.call(callee, [pointer, I32(0), I32(locality), I32(1)])
-            return context.get_dummy_value()
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at `address`, for reading."""
 
-        return types.void(types.int64), generate
+    def generate(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        name = "llvm.prefetch.p0"
+        callee = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
+        builder.call(callee, [pointer, I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
 
-    return ask
-
-
-prefetch = _prefetch_word(3)  # ask for the cache line at an address, for reading
-prefetch_l2 = _prefetch_word(2)  # ask for it, but not into the smallest cache
-prefetch_l3 = _prefetch_word(1)
-prefetch_nta = _prefetch_word(0)
+    return types.void(types.int64), generate

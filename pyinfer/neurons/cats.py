@@ -17,8 +17,14 @@ _MOST_PERPLEXITY = 1e30
 
 
 def to_entry(perplexities: dict[float, float]) -> Entry:
-    """For the section "thresholds": the perplexity at each share of skipped activations, 0 among them."""
-    return Entry({"perplexity": {f"{share:g}": float(perplexities[share]) for share in sorted(perplexities)}})
+    """For the section "thresholds": the perplexity at each share of skipped activations, 0 among them.
+
+    Raises FormatError for perplexities that cannot be, which `from_entry` would not read.
+    """
+    found = {f"{share:g}": float(perplexities[share]) for share in sorted(perplexities)}
+    entry = Entry({"perplexity": found})
+    from_entry(entry)
+    return entry
 
 
 def from_entry(entry: Entry) -> dict[float, float]:

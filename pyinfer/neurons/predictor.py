@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pyinfer import names
+from pyinfer import names, quants
 from pyinfer.errors import FormatError
 from pyinfer.gguf_file import GGUFFile
 from pyinfer.section import Entry
@@ -23,6 +23,7 @@ RELU, LINEAR = FORMS = "relu", "linear"
 NORM, RAW = INPUTS = "norm", "raw"
 _SHARES = ("recall", "precision", "predicted", "fired")
 _MOST_RANK, _MOST_TOKENS = 1 << 20, 1 << 62
+_MOST_LEVEL = 1e30  # log-odds, far beyond any score
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Predictors:
 
 def _quality(given: object, layer: int) -> PredictorQuality:
     if not isinstance(given, Mapping):
-        raise FormatError(f"the predictors' entry describes layer {layer} by no dictionary")
+        raise FormatError(
+            f"the predictors' entry describes layer {layer} by no dictionary; make new predictors"
+        )
     values: dict[str, Any] = {each.name: given.get(each.name) for each in fields(PredictorQuality)}
     if values["threshold"] is None:
         values["threshold"] = -math.inf
@@ -130,7 +133,7 @@ def _is_sound(name: str, value: object) -> bool:
     if name in _SHARES:
         return 0 <= value <= 1
     if name == "threshold":
-        return value < math.inf
+        return value == -math.inf or abs(value) <= _MOST_LEVEL
     least, most = (1, _MOST_RANK) if name == "rank" else (0, _MOST_TOKENS)
     return isinstance(value, int) and least <= value <= most
 
@@ -138,8 +141,8 @@ def _is_sound(name: str, value: object) -> bool:
 def predictor_ranks(file: GGUFFile, n_layers: int, width: int, n_neurons: int) -> list[int] | None:
     """Hidden sizes of all layers; None where the file has no predictors.
 
-    raises FormatError when a layer has none, or matrices that fit neither each other nor the model (width D,
-    n_neurons F)
+    raises FormatError when a layer has none, or matrices of a type that cannot be read, or that fit neither
+    each other nor the model (width D, n_neurons F)
     """
     wanted = [names.weight(part, layer) for layer in range(n_layers) for part in (names.FC1, names.FC2)]
     there = [name for name in wanted if name in file.tensors]
@@ -150,7 +153,7 @@ def predictor_ranks(file: GGUFFile, n_layers: int, width: int, n_neurons: int) -
         raise FormatError(
             f"{file.path.name}: {missing} is missing, expected predictors of all {n_layers} layers or of none"
         )
-    ranks = []
+    ranks, types = [], quants.names()
     for layer in range(n_layers):
         fc1, fc2 = (file.tensors[names.weight(part, layer)] for part in (names.FC1, names.FC2))
         rank = fc1.shape[1] if len(fc1.shape) == 2 else 0
@@ -159,6 +162,12 @@ def predictor_ranks(file: GGUFFile, n_layers: int, width: int, n_neurons: int) -
                 f"{file.path.name}: the predictor of layer {layer} has shapes {list(fc1.shape)} and "
                 f"{list(fc2.shape)}, expected [{width}, r] and [r, {n_neurons}] with one r from 1 on"
             )
+        for each in (fc1, fc2):
+            if each.type.name.lower() not in types:
+                raise FormatError(
+                    f"{file.path.name}: {each.name} has type {each.type.name}, "
+                    f"expected one of {', '.join(types)}"
+                )
         ranks.append(rank)
     return ranks
 

@@ -9,43 +9,48 @@ from typing import TypeVar
 import numpy as np
 
 from pyinfer import names
-from pyinfer.errors import FormatError, InputError
+from pyinfer.errors import FormatError, InputError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile
 from pyinfer.neurons.placement import ON_CPU, Placement, often
 from pyinfer.neurons.predictor import RAW, RELU, Predictors, predictor_ranks
 from pyinfer.neurons.profile import Profile
 from pyinfer.program.program import Program
 from pyinfer.program.sparsity import DENSE, EXACT, OBSERVED, PREDICTED, FFNPlan, LayerPlan
-from pyinfer.section import Entry, Section, read_section
+from pyinfer.section import Entry, Section, SectionError, read_section
 
 AUTO, CATS = "auto", "cats"
 MODES = (AUTO, EXACT, PREDICTED, f"{CATS}=SHARE", DENSE)
 ZEROING = ("relu", "relu2", "fatrelu", "drelu")  # activations that are exactly 0 for many neurons
 MOST_CATS = 0.95
 
+_NEW_PREDICTORS = "`pyinfer-convert predict` makes new ones"
+
+Build = Callable[[FFNPlan], Program]  # raises FormatError, UnsupportedError
 _T = TypeVar("_T")
 
 
 def plan_ffn(
-    file: GGUFFile, dense: Program, sparsity: str = AUTO, observe: str | None = None
+    file: GGUFFile, build: Build, sparsity: str = AUTO, observe: str | None = None
 ) -> tuple[FFNPlan, list[str]]:
     """The plan, and sentences that the user should read.
 
-    dense : the program without a plan;  sparsity : auto, exact, predicted, cats=SHARE or dense
-    Raises InputError for what this model cannot do. A section that cannot be used is one of the sentences.
+    build : the file's program with a plan;  sparsity : auto, exact, predicted, cats=SHARE or dense
+    observe : one of OBSERVED; but for "stats" every layer is dense then, whatever `sparsity` says
+    Raises InputError for what this model cannot do. A section or predictors that cannot be used are among the
+    sentences.
     """
     mode, share = parse_sparsity(sparsity)
     if observe is not None and observe not in OBSERVED:
         raise InputError(f"observe is {observe!r}, expected one of {', '.join(OBSERVED)}")
     if mode == DENSE or (observe is not None and observe != "stats"):
         return FFNPlan(observe=observe), []
-    facts = _Facts(file, dense)
+    facts = _Facts(file, build(FFNPlan()))
     if mode == AUTO:
         mode = facts.best()
     if mode == CATS:
         layers = facts.thresholded(share)
     elif mode == PREDICTED:
-        layers = facts.predicted()
+        layers = facts.predicted(build)
     elif mode == EXACT:
         if not facts.zeroing:
             raise InputError(
@@ -96,10 +101,19 @@ class _Facts:
         self.width, self.n_neurons = file.tensors[names.weight(names.FFN_UP, 0)].shape[:2]
         self.neuron_major = names.weight(names.FFN_DOWN_T, 0) in file.tensors
         self._section: Section | None = None
+        self._lost: SectionError | None = None
         try:
             self._section = read_section(file)
-        except FormatError as error:
-            self.notices.append(f"{error}; the model runs without it")
+        except SectionError as error:
+            self._lost = error
+            self.notices.append(self._without(error))
+
+    def _without(self, error: SectionError) -> str:
+        """What becomes of a model whose section cannot be used, and what to do."""
+        if names.weight(names.FC1, 0) not in self.file.tensors:
+            return str(error)
+        remedy = "" if error.newer else f", and {_NEW_PREDICTORS}"
+        return f"{error.found}; the model runs without it and without its predictors{remedy}"
 
     def best(self) -> str:
         """Predicted where there are predictors, exact where zeros are worth it, else dense."""
@@ -108,17 +122,22 @@ class _Facts:
         return PREDICTED if names.weight(names.FC1, 0) in self.file.tensors else EXACT
 
     def entry(self, name: str, read: Callable[[Entry, int, int], _T]) -> _T | None:
-        """An entry of the section, None (and a sentence) where it does not fit the model."""
+        """An entry of the section; None where there is none, or, with a sentence, where it does not fit."""
         if self._section is None or name not in self._section.entries:
             return None
         try:
             return read(self._section.entries[name], self.n_layers, self.n_neurons)
         except FormatError as error:
-            self.notices.append(f"{self.file.path}: {error}; the model runs without it")
+            rest = "; the model runs without it"
+            if name == "predictors":  # whose errors end with: make new predictors
+                rest = " with `pyinfer-convert predict`, as the model runs without these"
+            self.notices.append(f"{self.file.path.name}: {error}{rest}")
             return None
 
     def thresholded(self, share: float) -> tuple[LayerPlan, ...]:
         """CATS: so much of |act(gate)| counts as zero, by the profile's histogram of each layer."""
+        if self._lost is not None:
+            raise InputError(f"{self._lost.found}, and {CATS} needs the profile in it; {self._remedy}")
         profile = self.entry("profile", Profile.from_entry)
         if profile is None or profile.histogram is None:
             raise InputError(
@@ -127,26 +146,31 @@ class _Facts:
             )
         return tuple(LayerPlan(EXACT, keep=profile.quantile(n, share)) for n in range(self.n_layers))
 
-    def predicted(self) -> tuple[LayerPlan, ...]:
+    def predicted(self, build: Build) -> tuple[LayerPlan, ...]:
         """By the file's predictors; exact, or dense, and a sentence, where they cannot be used."""
+        without = (LayerPlan(EXACT if self.zeroing else DENSE),) * self.n_layers
         try:
             found = self._predictors()
-        except FormatError as error:
-            self.notices.append(f"{error}; the model runs without predictors")
-            found = None
-        if found is None:
-            return (LayerPlan(EXACT if self.zeroing else DENSE),) * self.n_layers
-        forms, inputs, thresholds = found
-        thresholds = np.where(self.hot(), np.float32(-np.inf), thresholds)
-        return tuple(
-            LayerPlan(PREDICTED, thresholds=each, form=form, input=source)
-            for form, source, each in zip(forms, inputs, thresholds)
-        )
+            if found is None:
+                return without
+            forms, inputs, thresholds = found
+            thresholds = np.where(self.hot(), np.float32(-np.inf), thresholds)
+            layers = tuple(
+                LayerPlan(PREDICTED, thresholds=each, form=form, input=source)
+                for form, source, each in zip(forms, inputs, thresholds)
+            )
+            build(FFNPlan(layers))  # which checks biases, and that the family has their input
+        except (FormatError, UnsupportedError) as error:
+            self.notices.append(f"{error}; the model runs without its predictors, and {_NEW_PREDICTORS}")
+            return without
+        return layers
 
-    def _predictors(self) -> tuple[list[str], list[str], np.ndarray]:
+    def _predictors(self) -> tuple[list[str], list[str], np.ndarray] | None:
         """Form and input of every layer's predictor, and thresholds float32 [L, F].
 
-        Raises InputError where the file has none, FormatError where they do not fit.
+        None where their description is lost, of which a sentence speaks already: to take them for
+        PowerInfer's would be wrong. Raises InputError where the file has none, FormatError where they do not
+        fit.
         """
         ranks = predictor_ranks(self.file, self.n_layers, self.width, self.n_neurons)
         if ranks is None:
@@ -154,8 +178,12 @@ class _Facts:
                 f"{self.file.path} has no predictors; make some with: "
                 f"pyinfer-convert predict {self.file.path} --text FILE, or use exact"
             )
-        predictors = self.entry("predictors", Predictors.from_entry)
-        if predictors is not None:
+        if self._lost is not None:
+            return None
+        if self._section is not None and "predictors" in self._section.entries:
+            predictors = self.entry("predictors", Predictors.from_entry)
+            if predictors is None:
+                return None
             predictors.agree_with(ranks)
             forms, inputs = (
                 [getattr(each, name) for each in predictors.layers] for name in ("form", "input")

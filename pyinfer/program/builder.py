@@ -137,6 +137,7 @@ class Builder:
         """
         self._check(weight.tensor, (x.width, mask.width), "inputs, outputs")
         self._vector(weight.bias, mask.width, "one bias per output")
+        assert times == (thresholds is None), "a guess is no factor, and only a guess has thresholds"
         return self._emit("linear_at", (x, mask), mask.width, weight, times=times, thresholds=thresholds)
 
     def keep(self, x: Value, least: float) -> Value:
@@ -245,16 +246,11 @@ class Builder:
         else:
             hidden = self._active(plan, activation, g)
             if self._plan.observe == "stats":
-                whole = None
-                if scores is not None:
-                    every = np.full(width, -np.inf, np.float32)
-                    g_whole = self.linear_at(x, scores, first, times=False, thresholds=every)
-                    whole = self._active(plan, activation, g_whole)
-                self._count(layer.block, g, hidden, whole)
+                self._count(x, layer, plan, activation, g, scores)
             if gated:
-                hidden = self.linear_at(x, hidden, layer.ffn_up, times=True)
-            if gated and activation == "drelu":
-                hidden = self.activate("relu", hidden)
+                hidden = self._times_up(x, hidden, layer, activation)
+            if self._plan.observe == "stats":
+                self.observe("used", hidden, layer.block)
         self._observe(layer, x, raw, g, hidden, activation)
         if layer.has(names.FFN_DOWN_T):
             return self.linear_t(hidden, layer.ffn_down_t, x.width)
@@ -275,14 +271,25 @@ class Builder:
             small = self.activate("relu", small)
         return self.linear(small, layer.fc2, layer.fc2.tensor.rows)
 
-    def _count(self, block: int | None, g: Value, active: Value, whole: Value | None) -> None:
-        """Count what `pyinfer.program.sparsity.STATS` says; `whole`: of a layer with predictor, what `active`
-        would be without.
-        """
-        if whole is not None:
-            for what, value in (("computed", g), ("caught", active), ("truth", whole)):
-                self.observe(what, value, block)
-        self.observe("used", active, block)
+    def _times_up(self, x: Value, active: Value, layer: Weights, activation: str) -> Value:
+        """active * (up x), of dReLU its second half, too, for neurons that are active."""
+        hidden = self.linear_at(x, active, layer.ffn_up, times=True)
+        return self.activate("relu", hidden) if activation == "drelu" else hidden
+
+    def _count(
+        self, x: Value, layer: Weights, plan: LayerPlan, activation: str, g: Value, scores: Value | None
+    ) -> None:
+        """Count what was computed, and what a layer with a predictor would have used without it."""
+        if scores is None:
+            return
+        self.observe("computed", g, layer.block)
+        first = layer.ffn_gate if layer.has(names.FFN_GATE) else layer.ffn_up
+        every = np.full(scores.width, -np.inf, np.float32)
+        whole = self.linear_at(x, scores, first, times=False, thresholds=every)
+        active = self._active(plan, activation, whole)
+        if layer.has(names.FFN_GATE):
+            active = self._times_up(x, active, layer, activation)
+        self.observe("truth", active, layer.block)
 
     def _observe(
         self, layer: Weights, x: Value, raw: Value | None, g: Value, hidden: Value, activation: str

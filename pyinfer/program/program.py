@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyinfer.gguf_file import Tensor
+from pyinfer.program.sparsity import STATS
 
 LINEARS = ("linear", "linear_t", "linear_at")
 NEURON_MAJOR = ("linear_t", "linear_at")  # read rows of their weight one by one
@@ -40,6 +41,8 @@ class Op:
       linear_at(x, m; weight) times thresholds
                                         weight @ x + bias where m is not 0 (or reaches its threshold), else 0;
                                         times m. A guess (with thresholds) may be ignored where all is cheaper
+      linear_rows(x; weight)            as linear, for a weight that is kept row by row: made of a guess by
+                                        `Program.without_guesses`
       slices(x) start                   a part of the row
       rope(x) rope heads                every head rotated by the row's position
       store(k, v) layer kv_heads        write the row to the KV cache at its position
@@ -106,6 +109,8 @@ class Program:
         for op in reversed(self.ops):
             if op.output is not None and op.output not in needed and op is not self.ops[-1]:
                 continue
+            if op.params.get("what") in STATS:
+                continue  # they count what was skipped
             if op.name == "linear_at" and op.params["thresholds"] is not None:
                 op = replace(op, name="linear_rows", inputs=op.inputs[:1])
             needed.update(op.inputs)

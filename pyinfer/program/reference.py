@@ -119,8 +119,11 @@ class Reference:
         active = mask != 0 if thresholds is None else mask >= thresholds
         return np.where(active, y * mask if op.params["times"] else y, 0)
 
+    def _linear_rows(self, op: Op, rows, x) -> np.ndarray:
+        return self._linear(op, rows, x)
+
     def _keep(self, op: Op, rows, x) -> np.ndarray:
-        return np.where(np.abs(x) >= op.params["least"], x, 0)
+        return np.where(np.abs(x) < op.params["least"], 0, x)
 
     def _observe(self, op: Op, rows, x) -> None:
         self.observed.setdefault((op.params["what"], op.params["layer"]), []).append(x)

@@ -11,9 +11,9 @@ import numpy as np
 
 DENSE, EXACT, PREDICTED = "dense", "exact", "predicted"
 OBSERVED = ("fired", "histogram", "rows", "stats")
-# What "stats" counts, in steps of few rows only: neurons whose gate was computed, of those the ones that
-# fired, all that would have fired, and what went on to the output weights.
-STATS = ("computed", "caught", "truth", "used")
+# What "stats" counts, in steps of few rows only: neurons whose gate was computed, those that fired, and those
+# that would have fired without a predictor.
+STATS = ("computed", "used", "truth")
 HISTOGRAM_BINS = 4096
 HISTOGRAM_SHIFT = 19  # a bin is the upper 12 bits below the sign of |act(gate)|: 16 bins per octave
 

@@ -17,8 +17,9 @@ from pyinfer.program.sparsity import DENSE
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 
-_LEAST_TOKENS = 4  # of a window with a half to score
+LEAST_TOKENS = 4  # of a window with a half to score
 _SCORED_ROWS = 64  # whose logits are in memory at once
+_MOST_NLL = 700.0  # exp of more is no float
 
 Progress = Callable[[int, int], None]
 
@@ -37,9 +38,9 @@ def measure(
     progress : (windows done, windows to do) over all shares
     Raises InputError for windows without text to score, and as `load_model` does.
     """
-    usable = [window for window in windows if len(window) >= _LEAST_TOKENS]
+    usable = [window for window in windows if len(window) >= LEAST_TOKENS]
     if not usable:
-        raise InputError(f"no window of the text has {_LEAST_TOKENS} tokens, expected some text to score")
+        raise InputError(f"no window of the text has {LEAST_TOKENS} tokens, expected some text to score")
     wanted = sorted({0.0, *shares})
     found = {}
     for number, share in enumerate(wanted):
@@ -74,4 +75,4 @@ def perplexity(
             nll += float((np.log(np.exp(logits).sum(1)) - picked).sum())
         tokens += last - half
         progress(done)
-    return math.exp(nll / tokens)
+    return math.exp(min(nll / tokens, _MOST_NLL))

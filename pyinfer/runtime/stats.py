@@ -16,9 +16,11 @@ from pyinfer.runtime.session import Session
 class LayerStats:
     """Shares of a layer's neurons, averaged over tokens.
 
-    fired : went on to the output weights;  computed : whose gate was computed (predicted ones, or all)
+    fired : were not zero, and went on to the output weights
+    computed : whose gate was computed, the predicted ones or all
     recall : of those that would have fired, the part that was predicted; 1 without a predictor
-    hot : computed always;  skipped : part of the layer's weight bytes that was not read
+    hot : computed always;  skipped : part of the layer's weight bytes that was not read, for one sequence
+    (a batch reads what any of its tokens needs)
     """
 
     layer: int
@@ -54,7 +56,7 @@ def _of_layer(session: Session, layer: int, tokens: int) -> LayerStats:
     if plan.mode == PREDICTED:
         computed = session.observed("computed", layer).sum() / neurons
         truth = session.observed("truth", layer).sum()
-        recall = float(session.observed("caught", layer).sum() / truth) if truth else 1.0
+        recall = float(used.sum() / truth) if truth else 1.0
         hot = float(np.isneginf(plan.thresholds).mean())
     sizes = {name: _bytes(model, layer, name) for name in names.FFN_WEIGHTS}
     gated = sizes[names.FFN_GATE] > 0

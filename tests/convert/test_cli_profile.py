@@ -397,4 +397,4 @@ def test_bad_input_is_one_sentence(
     monkeypatch.setenv("PYINFER_CACHE_DIR", str(tmp_path))
     (tmp_path / "models").mkdir()
     kept = shutil.copyfile(model, tmp_path / "models" / "kept.gguf")
-    assert "is kept as it was fetched, expected one of your own" in run(kept, "--text", made["a"], code=1)
+    assert "is kept as it was fetched, expected a file of your own" in run(kept, "--text", made["a"], code=1)

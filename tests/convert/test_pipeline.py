@@ -22,7 +22,7 @@ from pyinfer.names import GGMLType
 from pyinfer_convert import output, pipeline
 from pyinfer_convert.pipeline import plan, write
 from pyinfer_convert.recipe import QUANTS
-from pyinfer_convert.sources import CheckpointSource, SourceTensor, open_source
+from pyinfer_convert.sources import PLAIN, CheckpointSource, SourceTensor, open_source
 
 HF = Path(__file__).parents[1] / "golden" / "hf"
 METADATA = {"general.architecture": "llama", "test.list": [1, -2], "test.words": ["a", "ü"], "test.real": 0.5}
@@ -256,7 +256,7 @@ def test_a_checkpoint_keeps_its_numbers(name, checkpoint, tmp_path, monkeypatch)
 
 
 def test_plain_keeps_ffn_down(checkpoint):
-    source = open_source(checkpoint("relu_llama"), plain=True)
+    source = open_source(checkpoint("relu_llama"), layout=PLAIN)
     assert isinstance(source, CheckpointSource)
     found = [tensor.name for tensor in source.tensors()]
     assert "blk.0.ffn_down.weight" in found and not any("down_t" in name for name in found)

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="the extra [train]; test_cli_predict
 
 from pyinfer.gguf_file import open_gguf  # noqa: E402
 from pyinfer.names import GGMLType  # noqa: E402
-from pyinfer.neurons.low_rank import Gate, fit, level_at_recall  # noqa: E402
+from pyinfer.neurons.low_rank import Gate, level_at_recall, moments  # noqa: E402
 from pyinfer.neurons.predictor import Predictors  # noqa: E402
 from pyinfer.runtime.loader import load_model  # noqa: E402
 from pyinfer.section import read_section  # noqa: E402
@@ -49,15 +49,15 @@ def test_weights_are_rounded_as_the_file_rounds_them(type_):
     found = rounded(parameter, type_)
     step = np.abs(weight).max() / (8 if type_ == GGMLType.Q4_0 else 127)
     # the file's scales are halves, and a tie may fall to the other side
-    assert np.mean(np.abs(found.detach().numpy() - expected) > 0.01 * step) < 0.01
+    assert np.mean(np.abs(found.detach().numpy() - expected) > 0.1 * step) < 0.01
     assert np.abs(found.detach().numpy() - expected).max() < 1.1 * step
     found.sum().backward()
     assert (parameter.grad == 1).all()
 
 
 def test_training_predicts_fewer_neurons_than_the_closed_form():
-    x, gate, fired = rows(12000)
-    found = fit(lambda: iter([(x, fired)]), gate, WIDTH)
+    x, gate, fired = rows(6000)
+    found = moments(lambda: iter([(x, fired)]), gate).fit(WIDTH)
     told = []
     fc1, fc2 = train(
         found,
@@ -66,7 +66,7 @@ def test_training_predicts_fewer_neurons_than_the_closed_form():
         form="linear",
         type_=GGMLType.F16,
         recall=0.9,
-        epochs=6,
+        epochs=4,
         progress=lambda done, total: told.append((done, total)),
     )
     assert fc1.shape == (8, WIDTH) and fc2.shape == (NEURONS, 8) and told[-1][0] == told[-1][1]
@@ -78,7 +78,7 @@ def test_training_predicts_fewer_neurons_than_the_closed_form():
 
 def test_relu_begins_as_the_linear_form_of_half_its_rank():
     x, gate, fired = rows(4000)
-    found = fit(lambda: iter([(x, fired)]), gate, WIDTH)
+    found = moments(lambda: iter([(x, fired)]), gate).fit(WIDTH)
     model = _begin(found, 16, lambda: iter([(x, fired)]), "relu", GGMLType.F16)
     linear = _begin(found, 8, lambda: iter([(x, fired)]), "linear", GGMLType.F16)
     with torch.no_grad():
@@ -94,7 +94,18 @@ def test_the_command_trains_and_the_model_runs(tmp_path):
     model, target = tmp_path / "model.gguf", tmp_path / "new.gguf"
     done = CliRunner().invoke(cli.main, [str(FOLDER / "relu_llama"), "-o", str(model), "--quant", "f32"])
     assert done.exit_code == 0, done.stderr
-    arguments = [str(model), "--text", str(text), "-o", str(target), "--train", "--form", "relu"]
+    arguments = [
+        str(model),
+        "--text",
+        str(text),
+        "-o",
+        str(target),
+        "--train",
+        "--form",
+        "relu",
+        "--tokens",
+        "2048",
+    ]
     done = CliRunner().invoke(cli.main, ["predict", *arguments])
     assert done.exit_code == 0, done.stderr
     with open_gguf(target) as file:

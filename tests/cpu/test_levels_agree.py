@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from sparse_files import random_predictors, sparse_gguf
 
 from pyinfer import names

@@ -206,7 +206,9 @@ def tile_words(x, vector, factors, out):
     tile_store(tile_add_vector(tile_load(4, x, 64), v), out + 512, 64)
     tile_store(tile_scale_rows(tile_load(4, x, 64), factors), out + 768, 64)
     tile_store(
-        tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(tile_zero(4), factors + 64, 0), v, factors), out + 1024, 64
+        tile_add_scaled(tile_load(4, x, 64), tile_splat_i32(tile_zero(4), factors + 64, 0), v, factors),
+        out + 1024,
+        64,
     )
 
 

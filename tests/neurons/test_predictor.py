@@ -23,8 +23,8 @@ from pyinfer.neurons.low_rank import (
     Gate,
     as_int8,
     calibrate,
-    fit,
     level_at_recall,
+    moments,
     scores,
 )
 from pyinfer.neurons.predictor import PredictorQuality, Predictors, Tally, predictor_ranks
@@ -69,13 +69,15 @@ def residual(target, x, fc1, fc2):
 @pytest.mark.parametrize("rank", [1, 3, 7, WIDTH])
 def test_no_other_matrices_of_the_rank_come_closer(layer, rank):
     x, gate, fired = layer
-    found = fit(chunked(x, fired), gate, WIDTH)
+    found = moments(chunked(x, fired), gate).fit(WIDTH)
     target = targets(x, gate, fired)
     centred = x.astype(np.float64) - x.mean(0)
+    full = np.linalg.lstsq(centred, target, rcond=None)[0].T
+    gram = centred.T @ centred
     fc1 = np.random.default_rng(rank).standard_normal((rank, WIDTH))
-    for _ in range(80):  # alternating least squares: no eigenvalues, no whitening
-        fc2 = np.linalg.lstsq(centred @ fc1.T, target, rcond=None)[0].T
-        fc1 = np.linalg.pinv(fc2) @ np.linalg.lstsq(centred, target, rcond=None)[0].T
+    for _ in range(400):  # alternating least squares: no eigenvalues, no whitening
+        fc2 = full @ gram @ fc1.T @ np.linalg.inv(fc1 @ gram @ fc1.T)
+        fc1 = np.linalg.inv(fc2.T @ fc2) @ fc2.T @ full
     least = residual(target, x, fc1, fc2)
     assert residual(target, x, found.fc1[:rank], found.fc2[:, :rank]) == pytest.approx(least, rel=1e-3)
     turned = found.first(rank)
@@ -84,7 +86,7 @@ def test_no_other_matrices_of_the_rank_come_closer(layer, rank):
 
 def test_second_is_the_least_squares_fit_to_any_first(layer):
     x, gate, fired = layer
-    found = fit(chunked(x, fired), gate, 4)
+    found = moments(chunked(x, fired), gate).fit(4)
     fc1 = np.round(found.first(4), 1)
     centred = (x.astype(np.float64) - x.mean(0)) @ fc1.T
     expected = np.linalg.lstsq(centred, targets(x, gate, fired), rcond=None)[0].T
@@ -93,7 +95,7 @@ def test_second_is_the_least_squares_fit_to_any_first(layer):
 
 def test_a_fit_does_not_depend_on_the_chunks(layer):
     x, gate, fired = layer
-    one, many = (fit(chunked(x, fired, step), gate, 5) for step in (ROWS, 64))
+    one, many = (moments(chunked(x, fired, step), gate).fit(5) for step in (ROWS, 64))
     np.testing.assert_allclose(one.cross, many.cross, atol=1e-4 * np.abs(one.cross).max())
     np.testing.assert_allclose(one.fc2 @ one.fc1, many.fc2 @ many.fc1, atol=1e-4)
 
@@ -104,7 +106,7 @@ def test_neurons_that_read_few_directions_are_predicted_well():
     weight = (random.standard_normal((96, 4)) @ random.standard_normal((4, 64))).astype(np.float32)
     gate = Gate(weight, np.full(96, -weight.std() * 10, np.float32))
     fired = gate.margin(x) > 0
-    found = fit(chunked(x[:4000], fired[:4000]), gate, 4)
+    found = moments(chunked(x[:4000], fired[:4000]), gate).fit(4)
     score = scores(x, found.fc1, found.fc2, "linear")
     calibration = calibrate(score[4000:5000], fired[4000:5000])
     level = level_at_recall(calibration.odds(score[4000:5000]), fired[4000:5000], 0.99)
@@ -121,18 +123,18 @@ def test_rows_and_gates_that_are_no_numbers_are_refused(layer, damage):
     bad = x.copy()
     bad[5, 5] = damage
     with np.errstate(all="ignore"), pytest.raises(InputError, match="not finite"):
-        fit(chunked(bad, fired), gate, 3)
+        moments(chunked(bad, fired), gate).fit(3)
     weight = gate.weight.copy()
     weight[0, 0] = damage
     with np.errstate(all="ignore"), pytest.raises(InputError, match="not finite"):
-        fit(chunked(x, fired), Gate(weight), 3)
+        moments(chunked(x, fired), Gate(weight)).fit(3)
     with pytest.raises(InputError, match="no tokens"):
-        fit(lambda: iter(()), gate, 3)
+        moments(lambda: iter(()), gate).fit(3)
 
 
 def test_a_layer_in_which_nothing_happens_has_a_finite_predictor():
     x, fired = np.zeros((100, 64), np.float32), np.zeros((100, 32), bool)
-    found = fit(chunked(x, fired), Gate(np.zeros((32, 64), np.float32)), 32)
+    found = moments(chunked(x, fired), Gate(np.zeros((32, 64), np.float32))).fit(32)
     fc1 = found.first(32)
     score = scores(x, fc1, found.second(fc1), "linear")
     calibration = calibrate(score, fired)

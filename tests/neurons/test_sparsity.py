@@ -229,11 +229,11 @@ def test_statistics_count_what_the_reference_counts(ours):
     for layer, each in enumerate(stats):
         seen = {
             what: sum((rows != 0).sum() for rows in reference.observed[what, layer])
-            for what in ("computed", "caught", "truth", "used")
+            for what in ("computed", "truth", "used")
         }
         assert each.computed == pytest.approx(seen["computed"] / (10 * neurons), abs=0.01)
         assert each.fired == pytest.approx(seen["used"] / (10 * neurons), abs=0.01)
-        assert each.recall == pytest.approx(seen["caught"] / seen["truth"], abs=0.02)
+        assert each.recall == pytest.approx(seen["used"] / seen["truth"], abs=0.02)
         assert each.hot == 32 / neurons and 0 < each.skipped < 1
     np.testing.assert_array_equal(logits(ours, "predicted", observe="stats"), logits(ours, "predicted"))
 

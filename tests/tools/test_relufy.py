@@ -285,6 +285,20 @@ def test_a_second_call_goes_on_and_fresh_begins_anew(tmp_path, monkeypatch):
     assert [row["step"] for row in report["curve"]] == [1, 2]
 
 
+def test_it_learns_from_given_text_and_holds_the_end_back(tmp_path):
+    pytest.importorskip("transformers", reason="the extra [train]")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"story {n} is about the number {n * n}. " for n in range(4000)), "utf-8")
+    found = _run(tmp_path / "out", "--text", str(text), "--corpus", "20000", "--tokens", "4096")
+    assert found.exit_code == 0, found.output
+    train, held = (np.load(tmp_path / "out" / "training" / x / "tokens.npy") for x in ("train", "heldout"))
+    report = json.loads((tmp_path / "out" / "relufy.json").read_text())
+    assert report["text"] == ["text.txt"]
+    assert train.shape == (20000 // 255, 256)
+    assert (held[:, 0] == 269).all()
+    assert not {row.tobytes() for row in train[:, 1:]} & {row.tobytes() for row in held[:, 1:]}
+
+
 def test_bad_input_is_told_in_a_sentence(tmp_path, exported):
     found = _run(tmp_path / "a", "--corpus", "500")
     assert found.exit_code == 1
