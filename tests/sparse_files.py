@@ -49,6 +49,7 @@ def sparse_gguf(
     quant: str = "f32",
     predictors: Predictors | None = None,
     keys: dict[str, object] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
 ) -> Path:
     """Write a tiny checkpoint as a sparse model; matrices of blocks in `quant`, predictors as floats."""
     with open_checkpoint(FOLDER / name) as checkpoint:
@@ -71,6 +72,8 @@ def sparse_gguf(
     for layer, (fc1, fc2) in (predictors or {}).items():
         writer.add_tensor(names.weight(names.FC1, layer), np.ascontiguousarray(fc1))
         writer.add_tensor(names.weight(names.FC2, layer), np.ascontiguousarray(fc2))
+    for key, array in (extra or {}).items():
+        writer.add_tensor(key, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

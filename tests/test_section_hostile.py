@@ -11,7 +11,8 @@ import gguf_samples as samples
 import pytest
 from section_samples import append, hash_bytes, load, one, raw_section, same
 
-from pyinfer.errors import FormatError
+from pyinfer import section, section_bytes
+from pyinfer.errors import FormatError, InputError
 from pyinfer.gguf_file import open_gguf
 from pyinfer.section import Entry, Section, body_bytes, read_section, update_section, write_section
 
@@ -147,6 +148,9 @@ DIRECTORIES = {
     "many dimensions": {"a": {**A, "shape": [1] * 9}},
     "huge": {"a": {**A, "shape": [1 << 62, 1 << 62]}},
     "huge and empty": {"a": {**A, "shape": [0, 1 << 70]}},
+    "long lengths": {"a": {**A, "shape": [10**4000] * 8}},
+    "a product of many digits": {"a": {**A, "shape": [10**290] * 8}},
+    "no float": b'{"e":{"info":{"x":1' + b"0" * 400 + b'},"arrays":{}}}',
     "one too many": {"a": {**A, "shape": [9]}},
     "begin": {"a": {**A, "begin": 32}},
     "negative begin": {"a": {**A, "begin": -32}},
@@ -178,6 +182,47 @@ def test_lengths_that_lie_allocate_nothing(path: Path, lies: dict[str, int]) -> 
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 1 << 19
+
+
+@pytest.mark.parametrize("footer", [False, True])
+def test_a_hole_is_not_read(path: Path, footer: bool) -> None:
+    """A file that takes nothing on the disk may claim any length."""
+    begin, nbytes = path.stat().st_size, 300 << 20 if footer else 64 << 20
+    append(path, raw_section(b"{}", b"", hash_bytes(path), nbytes=nbytes)[:64])
+    with open(path, "r+b") as file:
+        file.truncate(begin + nbytes)
+        if footer:
+            file.seek(-32, 2)
+            file.write(struct.pack("<QQII8s", nbytes, 1, 1, 0, b"<PYINFER"))
+    with open_gguf(path) as file:
+        tracemalloc.start()
+        with pytest.raises(FormatError, match="expected at most 268435456" if footer else "has no footer"):
+            read_section(file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1 << 19
+
+
+def test_no_memory_is_one_sentence(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_section(path, one(1))
+
+    def refuse(length: int) -> bytearray:
+        raise MemoryError
+
+    monkeypatch.setattr(section, "bytearray", refuse, raising=False)
+    refused(path, "needs more memory than there is")
+
+
+def test_what_is_not_read_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="an integer of 301 digits"):
+        write_section(path, Section({"e": Entry({"x": 10**300})}))
+    monkeypatch.setattr(section_bytes, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="expected at most 1000 bytes"):
+        write_section(path, one(1, 300))
+    with pytest.raises(InputError, match="take 1088 bytes, expected at most 1000"):
+        write_section(path, Section({"e": Entry({"text": "x" * 940})}))
+    assert path.read_bytes() == before
 
 
 def test_of_two_sections_the_newer_counts(path: Path) -> None:

@@ -137,7 +137,8 @@ class _Facts:
     def thresholded(self, share: float) -> tuple[LayerPlan, ...]:
         """CATS: so much of |act(gate)| counts as zero, by the profile's histogram of each layer."""
         if self._lost is not None:
-            raise InputError(f"{self._lost.found}, and {CATS} needs the profile in it; {self._remedy}")
+            remedy = "" if self._lost.newer else "; `pyinfer-convert profile --fresh` makes a new one"
+            raise InputError(f"{self._lost.found}, and {CATS} needs the profile in it{remedy}")
         profile = self.entry("profile", Profile.from_entry)
         if profile is None or profile.histogram is None:
             raise InputError(
@@ -180,11 +181,16 @@ class _Facts:
             )
         if self._lost is not None:
             return None
+
+        def read(entry: Entry, n_layers: int, n_neurons: int) -> Predictors:
+            found = Predictors.from_entry(entry, n_layers, n_neurons)
+            found.agree_with(ranks)
+            return found
+
         if self._section is not None and "predictors" in self._section.entries:
-            predictors = self.entry("predictors", Predictors.from_entry)
+            predictors = self.entry("predictors", read)
             if predictors is None:
                 return None
-            predictors.agree_with(ranks)
             forms, inputs = (
                 [getattr(each, name) for each in predictors.layers] for name in ("form", "input")
             )

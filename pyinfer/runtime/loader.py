@@ -43,9 +43,8 @@ class Model:
         observe: str | None = None,
     ) -> None:
         self.file = file
-        self.hparams, dense = build_program(file)
-        self.plan, self.notices = plan_ffn(file, dense, sparsity, observe)
-        self.program = build_program(file, self.plan)[1]
+        self.plan, self.notices = plan_ffn(file, lambda plan: build_program(file, plan)[1], sparsity, observe)
+        self.hparams, self.program = build_program(file, self.plan)
         self.weights = Weights(self.program, file, team, progress)
 
     @cached_property
@@ -72,8 +71,11 @@ def load_model(
     """Read a GGUF file. Raises FormatError, UnsupportedError, ModelNotFoundError or CapacityError;
     progress(done, total) in bytes.
 
-    sparsity : auto, exact, predicted, cats=SHARE or dense; InputError when the model cannot do it
-    observe : fired, histogram or rows, for `Session.observed`
+    sparsity : auto, exact, predicted, cats=SHARE or dense; InputError when the model cannot do it. What the
+        file has for it, but cannot be used, is one of `Model.notices`, and the model runs without.
+    observe : fired, histogram or rows, for `Session.observed`: neurons are seen as they are, so every layer
+        runs dense, and of `sparsity` only the spelling is checked; or stats, for `layer_stats`, of the
+        layers as `sparsity` wants them
     """
     file = open_gguf(path)
     team = Team(default_threads())

@@ -1,6 +1,7 @@
 """What skipping activations costs: the perplexity of a text at several shares, for the section's thresholds.
 
 Of every window the second half is scored, as llama.cpp does it, so that each scored token has context.
+Long steps follow no predictor: a model with predictors is scored in short ones, as it generates.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.errors import InputError
 from pyinfer.neurons.sparsity import CATS
-from pyinfer.program.sparsity import DENSE
+from pyinfer.program.sparsity import DENSE, PREDICTED
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 
@@ -61,14 +63,18 @@ def measure(
 def perplexity(
     session: Session, windows: Sequence[np.ndarray], progress: Callable[[int], None] = lambda done: None
 ) -> float:
-    """exp of the mean negative log-likelihood of the second halves; progress(windows done)."""
+    """exp of the mean negative log-likelihood of the second halves; progress(windows done).
+
+    The first halves run in long steps, without predictors, as prompts do.
+    """
     nll, tokens = 0.0, 0
+    most = min(_SCORED_ROWS, MOST_BY_ROWS) if PREDICTED in session.model.plan.modes else _SCORED_ROWS
     for done, window in enumerate(windows, 1):
         half, last = len(window) // 2, len(window) - 1
         session.truncate(0)
         session.prefill(window[:half])
-        for start in range(half, last, _SCORED_ROWS):
-            stop = min(start + _SCORED_ROWS, last)
+        for start in range(half, last, most):
+            stop = min(start + most, last)
             logits = session.prefill(window[start:stop], all_logits=True).astype(np.float64)
             logits -= logits.max(1, keepdims=True)
             picked = logits[np.arange(stop - start), window[start + 1 : stop + 1]]

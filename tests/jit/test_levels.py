@@ -8,10 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from sparse_files import sparse_gguf
 
 from pyinfer import config
 from pyinfer.errors import InputError
 from pyinfer.jit import levels
+from pyinfer.runtime.loader import load_model
+from pyinfer.runtime.session import Session
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 V3 = "+avx,+avx2,+fma,+f16c"
@@ -93,30 +96,42 @@ from pyinfer.runtime.session import Session
 
 with load_model(sys.argv[1]) as model:
     session = Session(model, 64, 1)
-    logits = session.prefill(np.load(sys.argv[2])["tokens"][:5], all_logits=True)
+    logits = session.prefill(np.load(sys.argv[2])["tokens"], all_logits=True)
     session.close()
 assert level.get() == "portable", level.get()
 np.save(sys.argv[3], logits)
 """
 
 
+def _on_an_old_processor(folder, path, tokens) -> np.ndarray:
+    """Logits of a process for which no extension of the processor is there."""
+    environment = config.child_environment(
+        NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", PYINFER_CACHE_DIR=str(folder / "cache")
+    )
+    environment.pop("PYINFER_SIMD", None)
+    given, out = folder / "tokens.npz", folder / "logits.npy"
+    np.savez(given, tokens=tokens)
+    arguments = [sys.executable, "-c", OLD_PROCESSOR, str(path), str(given), str(out)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return np.load(out)
+
+
 @pytest.mark.skipif(not X86, reason="names an x86 processor; every ARM processor converts halves itself")
 def test_a_processor_without_any_extension_runs_a_model(tmp_path, golden):
     """No AVX, and no conversion of halves: words that the processor lacks must not end the process."""
-    environment = config.child_environment(
-        NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="", PYINFER_CACHE_DIR=str(tmp_path / "cache")
-    )
-    environment.pop("PYINFER_SIMD", None)
     case = golden("llama")
-    out = tmp_path / "logits.npy"
-    arguments = [
-        sys.executable,
-        "-c",
-        OLD_PROCESSOR,
-        str(case.path),
-        str(case.path.with_suffix(".npz")),
-        str(out),
-    ]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert np.abs(np.load(out) - case.logits[:5]).max() < 3e-3 * np.abs(case.logits).max()
+    found = _on_an_old_processor(tmp_path, case.path, np.load(case.path.with_suffix(".npz"))["tokens"][:5])
+    assert np.abs(found - case.logits[:5]).max() < 3e-3 * np.abs(case.logits).max()
+
+
+@pytest.mark.skipif(not X86, reason="names an x86 processor; every ARM processor converts halves itself")
+def test_it_runs_a_sparse_model(tmp_path):
+    """Many rows, whose output weights are quantized on the way."""
+    path, tokens = sparse_gguf(tmp_path / "model.gguf", "relu_llama", "q8_0"), np.arange(3, 27)
+    found = _on_an_old_processor(tmp_path, path, tokens)
+    with load_model(path) as model:
+        session = Session(model, 64, 1)
+        expected = session.prefill(tokens, all_logits=True)
+        session.close()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

@@ -250,13 +250,16 @@ def test_statistics_of_exact_and_dense(ours):
         assert all((each.skipped > 0) == (mode == "exact") and each.recall == 1 for each in stats)
 
 
-@pytest.mark.parametrize(
-    "damage", ["rank", "shape", "missing", "nan", "flipped", "no entry", "one layer", "not finite"]
-)
+DAMAGES = ["rank", "shape", "missing", "nan", "flipped", "no entry", "one layer", "not finite"]
+DAMAGES += ["bias", "type of bias", "type", "level", "cut off"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_bad_predictors_leave_an_exact_model(damage, tmp_path):
     """One sentence, and the model runs as if it had none."""
     predictors = random_predictors("relu_llama")
     keys: dict[str, object] = {}
+    extra, changes = {}, {}
     if damage == "rank":
         predictors[1] = predictors[1][0][:16], predictors[1][1]
     elif damage == "shape":
@@ -265,24 +268,86 @@ def test_bad_predictors_leave_an_exact_model(damage, tmp_path):
         del predictors[1]
     elif damage == "not finite":
         keys = {names.POWERINFER_SPARSE_THRESHOLD: float("nan")}
-    path = sparse_gguf(tmp_path / "model.gguf", "relu_llama", "q8_0", predictors, keys)
+    elif damage == "bias":
+        extra = {"blk.0.fc1.bias": np.zeros(5, np.float32)}
+    elif damage == "type of bias":
+        extra = {"blk.1.fc2.bias": np.zeros(len(predictors[1][1]), np.float64)}
+    elif damage == "type":
+        predictors[1] = predictors[1][0], predictors[1][1].astype(np.float64)
+    elif damage == "level":
+        changes = {"threshold": 10**299}
+    path = sparse_gguf(tmp_path / "model.gguf", "relu_llama", "q8_0", predictors, keys, extra)
     thresholds = np.zeros(_shape(path))
     if damage == "nan":
         thresholds[1, 3] = np.nan
     if damage == "one layer":
         thresholds = thresholds[:1]
     if damage not in ("no entry", "not finite"):
-        _with_predictors(path, thresholds)
+        _with_predictors(path, thresholds, **changes)
+    if damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-200] ^= 4
+        path.write_bytes(data)
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-1])
+    for sparsity in ("auto", "predicted"):
+        with load_model(path, sparsity=sparsity) as model:
+            assert model.plan.modes == {"exact"}
+            (notice,) = model.notices
+        assert "\n" not in notice and "predictors" in notice and path.name in notice
+        assert notice.count("the model runs without") == 1 and notice.count("pyinfer-convert predict`") == 1
+        assert "profile" not in notice
+    np.testing.assert_array_equal(logits(path, "auto"), logits(path, "dense"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "one layer", "rank"])
+def test_lost_predictors_are_not_taken_for_powerinfers(damage, tmp_path):
+    """The file's key would give ours, which are linear and read the norm, another meaning."""
+    path = sparse_gguf(
+        tmp_path / "model.gguf", "relu_llama", "f32", random_predictors("relu_llama"), POWERINFER
+    )
+    layers, neurons = _shape(path)
+    rows = 1 if damage == "one layer" else layers
+    _with_predictors(path, np.zeros((rows, neurons)), rank=31 if damage == "rank" else 32)
     if damage == "flipped":
         data = bytearray(path.read_bytes())
         data[-200] ^= 4
         path.write_bytes(data)
     with load_model(path) as model:
-        assert model.plan.modes == {"exact"}
-        assert model.notices and all(
-            ("\n" not in each and "predictor" in each) or "section" in each for each in model.notices
-        )
-    np.testing.assert_array_equal(logits(path, "auto"), logits(path, "dense"))
+        assert model.plan.modes == {"exact"} and len(model.notices) == 1
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_families_without_the_input_that_predictors_read(name, tmp_path):
+    path = sparse_gguf(tmp_path / "model.gguf", name, "f32", random_predictors(name), POWERINFER)
+    with load_model(path, sparsity="predicted") as model:
+        assert model.plan.modes == {"dense"}
+        (notice,) = model.notices
+    assert "predictors of this family read the normed input; the model runs without its" in notice
+
+
+def test_a_damaged_section_of_a_model_without_predictors(tmp_path):
+    path = sparse_gguf(tmp_path / "model.gguf", "relu_llama")
+    layers, neurons = _shape(path)
+    profile = Profile(np.zeros((layers, neurons), np.int64), 9, [], None, "relu")
+    update_section(path, profile=profile.to_entry())
+    path.write_bytes(path.read_bytes()[:-1])
+    with load_model(path) as model:
+        (notice,) = model.notices
+    assert notice.startswith("model.gguf: its placement section ")
+    assert notice.endswith(
+        "; the model runs without it, and `pyinfer-convert profile --fresh` makes a new one"
+    )
+    with pytest.raises(InputError, match="cats needs the profile in it; `pyinfer-convert profile --fresh`"):
+        load_model(path, sparsity="cats=0.5")
+
+
+@pytest.mark.parametrize("observe", ["fired", "histogram", "rows"])
+def test_observing_runs_dense_but_checks_the_sparsity(observe, ours):
+    with load_model(ours, sparsity="exact", observe=observe) as model:
+        assert model.plan.modes == {"dense"}
+    with pytest.raises(InputError, match="sparsity is 'exactly'"):
+        load_model(ours, sparsity="exactly", observe=observe)
 
 
 def test_models_that_are_never_zero(tmp_path):

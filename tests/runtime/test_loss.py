@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 from golden_files import dequantize, load_golden
+from sparse_files import random_predictors, sparse_gguf
 
+from pyinfer import names
+from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.errors import InputError
 from pyinfer.neurons.profile import Profile
 from pyinfer.program.reference import Reference
 from pyinfer.runtime.loader import load_model
-from pyinfer.runtime.loss import measure
+from pyinfer.runtime.loss import measure, perplexity
 from pyinfer.runtime.session import Session
 from pyinfer.section import update_section
 
@@ -63,6 +66,31 @@ def test_with_thresholds_it_is_that_of_the_reference(path):
                 logits.append(reference.step(window, np.arange(n), np.zeros(n, int), np.arange(n)))
         assert found[share] == pytest.approx(perplexity_of(logits, scored), rel=1e-4)
     assert len(set(found.values())) == 3
+
+
+def test_predictors_are_followed(tmp_path):
+    """In the half that is scored; the half before it runs as a prompt does."""
+    keys = {names.POWERINFER_SPARSE_THRESHOLD: 0.25}
+    path = sparse_gguf(tmp_path / "model.gguf", "relu_llama", "f32", random_predictors("relu_llama"), keys)
+    window = np.random.default_rng(4).integers(3, 60, 2 * (MOST_BY_ROWS + 9))
+    n, half = len(window), len(window) // 2
+    found = {}
+    for sparsity in ("predicted", "dense"):
+        with load_model(path, sparsity=sparsity) as model:
+            session = Session(model, 64, 2)
+            found[sparsity] = perplexity(session, [window])
+            session.close()
+            reference = Reference(model.program, dequantize)
+            parts = []
+            for part, guesses in ((range(half), False), (range(half, n), True)):
+                reference.guesses = guesses
+                rows = len(part)
+                parts.append(
+                    reference.step(window[part], np.array(part), np.zeros(rows, int), np.arange(rows))
+                )
+        expected = perplexity_of([np.concatenate(parts)], [window])
+        assert found[sparsity] == pytest.approx(expected, rel=1e-3)
+    assert abs(found["predicted"] / found["dense"] - 1) > 0.02
 
 
 def test_no_text_to_score_is_one_sentence(path):
