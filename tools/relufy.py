@@ -25,9 +25,19 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--text", type=_FILE, multiple=True, help="Text to learn from.  [the teacher's own]")
 @click.option("--tokens", default=50_000_000, show_default=True, type=click.IntRange(1), help="To train on.")
 @click.option("--minutes", default=0.0, type=click.FloatRange(0), help="End the training by then.")
-@click.option("--sparsity", default=0.85, show_default=True, type=click.FloatRange(0.3, 0.98))
 @click.option(
-    "--corpus", default=4_000_000, show_default=True, type=click.IntRange(1), help="Different tokens of text."
+    "--sparsity",
+    default=0.85,
+    show_default=True,
+    type=click.FloatRange(0.3, 0.98),
+    help="Share of gates at zero.",
+)
+@click.option(
+    "--corpus",
+    default=10_000_000,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Different tokens of text.",
 )
 @click.option(
     "--heldout", default=131_072, show_default=True, type=click.IntRange(1), help="Tokens to judge by."

@@ -3,12 +3,13 @@
 A row is the BOS token and context - 1 tokens behind it; states[r, p] is the teacher's normed final state
 after tokens[r, : p + 1], as raw bfloat16. Rows are either sampled from the teacher itself (temperature 1, no
 cuts) or come from the user's text. Batches are filled in order and counted in a file beside, so a killed run
-goes on.
+goes on, and a corpus can grow.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -63,12 +64,26 @@ def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
         found = np.lib.format.open_memmap(path, mode="r+")
     except ValueError as error:
         raise FormatError(f"{path}: no array ({error}); start anew with --fresh") from None
+    if found.dtype == dtype and found.shape[1:] == shape[1:] and found.shape[0] < shape[0]:
+        return _grown(path, found, shape)
     if found.shape != shape or found.dtype != dtype:
         raise InputError(
             f"{path}: holds {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}; give the "
             "options of the run that made it, or start anew with --fresh"
         )
     return found
+
+
+def _grown(path: Path, found: np.memmap, shape: tuple[int, ...]) -> np.memmap:
+    """The file with room for more rows behind those it has."""
+    temporary = path.with_name(path.name + ".part")
+    larger = np.lib.format.open_memmap(temporary, mode="w+", dtype=found.dtype, shape=shape)
+    for first in range(0, len(found), BATCH_ROWS):
+        larger[first : first + BATCH_ROWS] = found[first : first + BATCH_ROWS]
+    larger.flush()
+    del larger, found  # Windows replaces no file that is mapped
+    os.replace(temporary, path)
+    return np.lib.format.open_memmap(path, mode="r+")
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -113,6 +128,8 @@ def sample_corpus(
 ) -> None:
     """Fill the corpus; batch i is drawn from seed + i, so that a resumed corpus equals an unbroken one."""
     context = teacher.shape.context
+    if corpus.rows_done < corpus.rows:
+        corpus.rows_done -= corpus.rows_done % BATCH_ROWS  # the last batch of one that grows was cut off
     batches = range(corpus.rows_done // BATCH_ROWS, -(-corpus.rows // BATCH_ROWS))
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()

@@ -33,7 +33,7 @@ class Settings:
     """What the command line was told."""
 
     text: tuple[Path, ...] = ()
-    corpus_tokens: int = 4_000_000
+    corpus_tokens: int = 10_000_000
     heldout_tokens: int = 131_072
     fresh: bool = False
     device: str = "auto"

@@ -124,6 +124,18 @@ def test_a_corpus_that_was_stopped_equals_an_unbroken_one(tmp_path, model, monke
     assert np.array_equal(again.states, whole.states)
 
 
+def test_a_corpus_can_grow(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("pyinfer_tools.relufy_corpus.BATCH_ROWS", 2)
+    whole = Corpus(tmp_path / "whole", ROWS, 32, 64)
+    sample_corpus(whole, model, 5, 2, lambda done, total: None)
+    sample_corpus(Corpus(tmp_path / "grown", 5, 32, 64), model, 5, 1, lambda done, total: None)
+    grown = Corpus(tmp_path / "grown", ROWS, 32, 64)
+    assert grown.rows_done == 5
+    sample_corpus(grown, model, 5, 1, lambda done, total: None)
+    assert np.array_equal(grown.tokens, whole.tokens)
+    assert np.array_equal(grown.states, whole.states)
+
+
 def test_text_becomes_rows_behind_a_bos(tmp_path, model):
     ids = np.arange(31 * 3, dtype=np.int32)
     corpus = Corpus(tmp_path / "text", 3, 32, 64)
@@ -304,7 +316,7 @@ def test_bad_input_is_told_in_a_sentence(tmp_path, exported):
     assert found.exit_code == 1
     assert "there are 1 rows of 256 tokens to train on and 4 held out, expected" in found.output
     assert _run(tmp_path / "b", "--corpus", "8192", "--tokens", "4096").exit_code == 0
-    found = _run(tmp_path / "b", "--corpus", "9216")
+    found = _run(tmp_path / "b", "--corpus", "6144")
     assert found.exit_code == 1
     assert "give the options of the run that made it, or start anew with --fresh" in found.output
     found = _run(tmp_path / "b", "--corpus", "8192", "--state", str(FOLDER / "llama" / "config.json"))
