@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pyinfer import model_store
 from pyinfer.errors import CapacityError, ModelNotFoundError
 from pyinfer.gguf_file import open_gguf
 from pyinfer.model_store import DEFAULT_MODEL, MODELS, EmbeddedFile, find_model, models_dir
+from pyinfer.runtime.loader import load_model
+from pyinfer.runtime.session import Session
+from pyinfer.runtime.stats import layer_stats
+from pyinfer.section import read_section
+from pyinfer_convert.cli import main as convert
+
+STORIES = Path(__file__).parent / "golden" / "stories.txt"
 
 MOST_BYTES = 16 << 20
 PACKAGE = Path(model_store.__file__).parent
@@ -56,6 +66,46 @@ def test_it_is_where_the_package_is_and_nothing_is_written(cache):
     assert not cache.exists()
     with open_gguf(path) as file:
         assert file.architecture == "llama"
+
+
+def test_it_is_sparse_and_reads_its_predictors():
+    """What models.md says of it, on the start of the text that its section was made from."""
+    with load_model(find_model(offline=True), observe="stats") as model:
+        assert model.plan.modes == {"predicted"} and not model.notices
+        session = Session(model, 256, 2)
+        tokens = model.tokenizer.encode(STORIES.read_text(encoding="utf-8")[:4000])[:256]
+        for first in range(0, 256, 16):
+            session.prefill(tokens[first : first + 16])
+        layers = layer_stats(session)
+        session.close()
+    assert sum(each.fired for each in layers) / len(layers) < 0.30
+    assert sum(each.recall for each in layers) / len(layers) >= 0.985
+    assert sum(each.skipped for each in layers) / len(layers) > 0.5
+
+
+def test_its_section_can_be_made_again(tmp_path):
+    """`profile`, `predict` and `place` on the same text give the same arrays."""
+    made, model = tmp_path / "made.gguf", tmp_path / "model.gguf"
+    shutil.copy(find_model(offline=True), model)
+    for command in (
+        ["profile", str(model), "--text", str(STORIES), "--fresh"],
+        ["predict", str(model), "--text", str(STORIES), "-o", str(made)],
+        ["place", str(made), "--vram", "0"],
+    ):
+        result = CliRunner().invoke(convert, command)
+        assert result.exit_code == 0, result.output
+    with open_gguf(find_model(offline=True)) as shipped, open_gguf(made) as again:
+        expected, found = read_section(shipped), read_section(again)
+    assert expected is not None and found is not None and set(found.entries) == set(expected.entries)
+    np.testing.assert_array_equal(
+        found.entries["profile"].arrays["counts"], expected.entries["profile"].arrays["counts"]
+    )
+    # Least squares of another processor may round otherwise.
+    np.testing.assert_allclose(
+        found.entries["predictors"].arrays["thresholds"],
+        expected.entries["predictors"].arrays["thresholds"],
+        atol=0.1,
+    )
 
 
 def test_it_is_copied_out_of_a_zip_file(cache, tmp_path):
