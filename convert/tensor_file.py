@@ -113,7 +113,8 @@ class TensorFile:
         self.give_back(start, start + count * dtype.itemsize)
         array = np.frombuffer(self._map, dtype, count, start).reshape(shape)
         if tensor.dtype == "F64":
-            return array.astype(np.float32)
+            with np.errstate(over="ignore"):  # infinite weights are refused when they are written
+                return array.astype(np.float32)
         # Kernels expect aligned elements; old writers did not pad their headers.
         return array if start % dtype.itemsize == 0 else array.copy()
 

@@ -82,10 +82,13 @@ def weight_bytes(entries: list[TensorEntry]) -> int:
     looked_up = {names.weight(opt.POSITION_EMBD)}
     if any(entry.name == names.weight(names.OUTPUT) for entry in entries):
         looked_up.add(names.weight(names.TOKEN_EMBD))
-    found = 0
+    found, by_row = 0, [names.FFN_DOWN_T]
+    there = {entry.name for entry in entries}
+    if {names.weight(names.FFN_DOWN_T, 0), names.weight(names.FFN_GATE, 0)} <= there:
+        by_row.append(names.FFN_UP)  # of neurons that fired
     for entry in entries:
         if len(entry.shape) > 1 and entry.name not in looked_up:
-            by_rows = entry.name.endswith(f".{names.FFN_DOWN_T}.weight")
+            by_rows = entry.name.endswith(tuple(f".{name}.weight" for name in by_row))
             rows, columns = prod(entry.shape[:-1]), entry.shape[-1]
             found += Matrix(quant(entry.type).LAYOUT, 0, rows, columns, by_rows).n_bytes
     return found

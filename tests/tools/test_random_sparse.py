@@ -117,8 +117,8 @@ def test_the_runtime_computes_what_is_predicted(written):
         for _ in range(8):
             session.step(np.random.default_rng(3).permutation(512)[:16], range(16))
         for layer in range(N_LAYERS):
-            seen = {what: session.observed(what, layer).sum() for what in ("computed", "caught", "truth")}
-            assert seen["caught"] / seen["truth"] > 0.98
+            seen = {what: session.observed(what, layer).sum() for what in ("computed", "used", "truth")}
+            assert seen["used"] / seen["truth"] > 0.98
             assert seen["computed"] / (8 * 16 * N_NEURONS) == pytest.approx(quality.predicted, abs=0.01)
         session.close()
 
