@@ -71,9 +71,8 @@ def test_cancel_from_another_thread():
 
     segments, _ = in_threads([generate, cancel])
     assert segments[-1].finish_reason == "cancelled"
-    assert (
-        llm("abc", max_tokens=2)["choices"][0]["finish_reason"] == "length"
-    )  # later calls are not cancelled
+    later = llm("abc", max_tokens=2)["choices"][0]["finish_reason"]
+    assert later in ("length", "stop"), "later calls are not cancelled"
 
 
 def test_a_stream_asked_for_before_a_cancel_is_cancelled():

@@ -20,7 +20,7 @@ from pyinfer.names import GGMLType
 from pyinfer.section import Entry, Section, body_bytes, read_section, write_section
 from pyinfer_convert.writer import TensorEntry, header
 
-FILE = Path(__file__).resolve().parents[1] / "docs" / "placement.md"
+FILE = Path("docs") / "placement.md"  # of a checkout, in which the tool is run
 BEGIN, END = "<!-- begin example -->", "<!-- end example -->"
 _ROW, _MOST_ROWS = 16, 8
 # Bytes and meaning; of numbers the value is shown, too.

@@ -19,7 +19,7 @@ def bytes_of(dumped: str) -> bytes:
 
 
 def test_the_example_is_up_to_date() -> None:
-    text = section_dump.FILE.read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / section_dump.FILE).read_text(encoding="utf-8")
     assert section_dump.updated(text) == text, "run python -m pyinfer_tools.section_dump"
     assert "example, counts: int64 [2, 3]" in text
 
