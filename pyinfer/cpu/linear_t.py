@@ -5,8 +5,8 @@ A row is a neuron's output weights, so a neuron that did not fire costs nothing,
 spans of columns: every thread owns a part of y and adds neurons in order, so y does not depend on the number
 of threads, nor on how many zeros were skipped. Per 128 4-bit weights: 8 times and, convert, multiply-add, and
 their share of the sums, which stay in the L1 cache and are loaded once per BLOCK neurons: 28 GB/s per thread
-of a Zen 5 core. BLOCK 4 and 16 are slower by a fifth, 2 by half; a table lookup (vpermps) instead of and +
-convert is faster by 5 %, but needs AVX-512.
+of a Zen 5 core. BLOCK 16 is slower by up to a tenth, 32 by up to a fifth; a table lookup (vpermps) instead of
+and + convert is faster by 5 %, but needs AVX-512.
 
 For many rows see `pyinfer.cpu.linear_t_many`.
 """
