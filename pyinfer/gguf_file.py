@@ -29,12 +29,24 @@ _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """One tensor as on disk: `shape` in ggml order (columns first), `data` the mapped uint8 [nbytes]."""
+    """One tensor as on disk: `shape` in ggml order (columns first), `mapped` its uint8 [nbytes].
+
+    whole, index : of a part, the tensor that it is rows of, and which
+    """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLType
-    data: np.ndarray
+    mapped: np.ndarray
+    whole: Tensor | None = None
+    index: np.ndarray | None = None
+
+    @property
+    def data(self) -> np.ndarray:
+        """uint8 [nbytes]: the mapped file, or for a part a copy, made each time."""
+        if self.index is None:
+            return self.mapped
+        return self.mapped.reshape(-1, self.nbytes // len(self.index))[self.index].reshape(-1)
 
     @property
     def columns(self) -> int:
@@ -47,7 +59,13 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return self.data.size
+        n_bytes = self.mapped.size
+        return n_bytes if self.whole is None else n_bytes // self.whole.shape[-1] * self.shape[-1]
+
+    def part(self, label: str, index: np.ndarray) -> Tensor:
+        """These rows (or these elements of a vector) as a tensor, which has no bytes of its own."""
+        shape = (*self.shape[:-1], len(index))
+        return Tensor(f"{self.name}[{label}]", shape, self.type, self.mapped, self, index)
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,7 @@ class GGUFFile:
         """Tell the system that a tensor's mapped pages are not needed now; the next access reads the disk."""
         if not hasattr(mmap.mmap, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
             return
+        tensor = tensor.whole or tensor
         if self.tensors.get(tensor.name) is not tensor:
             return
         file_map, start = self._places[tensor.name]

@@ -8,7 +8,8 @@ elements of the residual are 1 for every token, and no layer writes to them. So 
 what the table below (`shares`) says, and plain ReLU is enough. The predictor is PowerInfer's: with
 fc1 = [A; -A] and fc2 = [B, -B], fc2 . relu(fc1 . x) is B A x but for the rounding of all three. Layers share
 these numbers; each begins at another neuron. Its threshold is chosen, and its quality measured, on tokens of
-the made vocabulary. Attention and feed-forward layers add little to the residual, so that shares are the same
+the made vocabulary; neurons that fire for half of the tokens are computed always. Attention and feed-forward
+layers add little to the residual, so that shares are the same
 in every layer, before the norm and behind it.
 """
 
@@ -27,6 +28,7 @@ from gguf import GGMLQuantizationType as Type
 
 from pyinfer import names
 from pyinfer.models.hparams import ACTIVATION
+from pyinfer.neurons.placement import OFTEN
 from pyinfer.neurons.predictor import NORM, RELU, PredictorQuality, Predictors
 from pyinfer.progress import Progress
 from pyinfer.section import update_section
@@ -97,12 +99,14 @@ class FeedForward:
     """What all layers share: quantized rows (uint8) of gate [F], fc1 [rank] and fc2 [F], in random order.
 
     active : float64 [F], the share of tokens that each gate is made for
+    hot : bool [F], computed always
     """
 
     def __init__(self, shape: SparseShape, kind: Type, random: np.random.Generator) -> None:
         width, half = shape.dense.embedding, shape.rank // 2
         self.kind = kind
         self.active = random.permutation(shares(shape.dense.feed_forward, shape.gate_share))
+        self.hot = self.active >= OFTEN
         bias = np.array([NormalDist().inv_cdf(share) for share in self.active], np.float32)
         # The first 32 rows of a add up the constant elements, the others see the rest of x.
         a = np.zeros((half, width), np.float32)
@@ -158,7 +162,7 @@ class _Tensors:
     def __init__(self, shape: SparseShape, ffn: FeedForward, seed: int) -> None:
         self._shape, self._ffn = shape, ffn
         self._pool, self._random = Pool(seed), np.random.default_rng(seed + 1)
-        self._shift = 0
+        self.shifts: list[int] = []  # of layers, in order
 
     def data(self, name: str, rows: int, columns: int, kind: Type) -> np.ndarray:
         if not rows:
@@ -167,10 +171,10 @@ class _Tensors:
         if part == names.FC1:
             return self._ffn.fc1
         if part == names.FFN_GATE:
-            self._shift = int(self._random.integers(rows))
-            return np.roll(self._ffn.gate, self._shift, axis=0)
+            self.shifts.append(int(self._random.integers(rows)))
+            return np.roll(self._ffn.gate, self.shifts[-1], axis=0)
         if part == names.FC2:
-            return np.roll(self._ffn.fc2, self._shift, axis=0)
+            return np.roll(self._ffn.fc2, self.shifts[-1], axis=0)
         made = self._pool.tensor(kind, rows, columns, self._deviation(part, rows, columns))
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         constant_bytes = CONSTANT // per_block * block_bytes  # of the first elements of a row
@@ -224,8 +228,10 @@ def sample(shape: SparseShape, kind: Type, tensors: _Tensors, random: np.random.
 def quality(shape: SparseShape, ffn: FeedForward, x: np.ndarray) -> PredictorQuality:
     """The threshold that finds 99 % on the first half of x, and how good it is on the second."""
     first, second = x[: len(x) // 2], x[len(x) // 2 :]
-    threshold = float(np.quantile(ffn.scores(first)[ffn.gates(first) > 0], 1 - RECALL))
-    predicted, fired = ffn.scores(second) >= threshold, ffn.gates(second) > 0
+    scores, fired = ffn.scores(first), ffn.gates(first) > 0
+    scores[:, ffn.hot] = np.inf
+    threshold = float(np.quantile(scores[fired], 1 - RECALL))
+    predicted, fired = (ffn.scores(second) >= threshold) | ffn.hot, ffn.gates(second) > 0
     both = (predicted & fired).sum()
     return PredictorQuality(
         rank=shape.rank,
@@ -257,11 +263,11 @@ def write_random_sparse(
             writer.add_string(ACTIVATION, "relu")
         writer.add_float32(names.POWERINFER_SPARSE_THRESHOLD, found.threshold)
 
-    data = _Tensors(shape, ffn, seed).data
-    write_model(path, shape.architecture, describe, sparse_tensors(shape, kind), data, progress)
-    layers = shape.dense.layers
-    thresholds = np.full((layers, shape.dense.feed_forward), found.threshold, np.float32)
-    update_section(path, predictors=Predictors((found,) * layers, thresholds).to_entry())
+    tensors = _Tensors(shape, ffn, seed)
+    write_model(path, shape.architecture, describe, sparse_tensors(shape, kind), tensors.data, progress)
+    row = np.where(ffn.hot, -np.inf, found.threshold).astype(np.float32)
+    thresholds = np.stack([np.roll(row, shift) for shift in tensors.shifts])
+    update_section(path, predictors=Predictors((found,) * len(thresholds), thresholds).to_entry())
     return found
 
 

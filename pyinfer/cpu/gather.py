@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numpy import float32
 
-from pyinfer.jit.codes import above_bits, lowest_bit, nonzero_bits, reaching_bits
+from pyinfer.jit.codes import above_bits, list_bits, nonzero_bits, reaching_bits
 from pyinfer.jit.kernel import inline
 from pyinfer.jit.memory import f32_at, i32_at, i64_at, prefetch
 from pyinfer.jit.transpose import transpose_pairs, transpose_words
@@ -84,7 +84,7 @@ def select(mask, stride, rows, width, rule, bound, listing):
 
     rule : NOT_ZERO, REACHING (bound: address of a threshold for each neuron) or ABOVE (of one number)
     """
-    wanted, count = i32_at(listing), 0
+    count = 0
     least = f32_at(bound)[0] if rule == ABOVE else float32(0)
     for f in range(0, width, 16):
         bits = 0
@@ -98,8 +98,6 @@ def select(mask, stride, rows, width, rule, bound, listing):
                 bits |= nonzero_bits(here)
         if width - f < 16:
             bits &= (1 << (width - f)) - 1
-        while bits != 0:
-            wanted[count] = f + lowest_bit(bits)
-            bits &= bits - 1
-            count += 1
+        if bits != 0:
+            count += list_bits(bits, f, listing + 4 * count)
     return count

@@ -18,10 +18,11 @@ from functools import cache
 from numpy import float32
 
 from pyinfer.cpu.gather import NOT_ZERO, select
-from pyinfer.jit.codes import load_scales, tile_add_codes
+from pyinfer.jit.codes import load_scales, tile_add_codes, tile_by_column, tile_from_codes
 from pyinfer.jit.kernel import Kernel, inline, kernel
 from pyinfer.jit.memory import f32_at, i32_at, i64_at, prefetch
 from pyinfer.jit.simd import (
+    add_f32x16,
     fma_f32x16,
     load_bf16x16,
     load_f16x16,
@@ -30,17 +31,19 @@ from pyinfer.jit.simd import (
     splat_f32x16,
     store_f32x16,
 )
-from pyinfer.jit.tiles import tile_load, tile_store
+from pyinfer.jit.tiles import tile_add_memory, tile_load, tile_store, tile_tokens
 from pyinfer.quants.neuron_rows import FLOAT_BLOCK
 from pyinfer.quants.panels import Layout
 
-# Operands, int64. FEATURES: neurons (rows of W), WIDTH: columns, LISTING: a thread's list of neurons,
-# TABLES: bytes from there to its tables, SUMS: where sums of [row][span] lie.
+# Operands, int64. FEATURES: elements of x, MORE: the rest of x in another buffer, WIDTH: columns, LISTING: a
+# thread's list of neurons, TABLES: bytes from there to its tables, SUMS: where sums of [row][span] lie,
+# ORDERED: where each thread sorts the columns of a span.
 (
     WEIGHT, STRIDE, FEATURES, WIDTH, COUNT, X, X_STRIDE, X_PRIVATE, OUT, OUT_STRIDE, RESIDUAL,
-    RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS, LISTING, LISTING_BYTES, TABLES, SUMS,
-) = range(18)  # fmt: skip
-OPERANDS = 18
+    RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS, LISTING, LISTING_BYTES, TABLES, SUMS, MORE, MORE_STRIDE,
+    MORE_PRIVATE, MORE_FEATURES, ORDERED,
+) = range(23)  # fmt: skip
+OPERANDS = 23
 
 BLOCK, LARGE_BLOCK = 8, 32  # neurons between two passes over the sums, for one row of x and for several
 TABLE_BYTES = 12 * LARGE_BLOCK + 8  # addresses, values, and their count
@@ -70,19 +73,47 @@ def linear_t(layout: Layout) -> Kernel:
 
 
 @inline
-def first_value(given, t, thread, column):
-    """Residual + bias of one element of y."""
-    value = float32(0)
-    if given[RESIDUAL] != 0:
-        at = given[RESIDUAL] + t * given[RESIDUAL_STRIDE] + thread * given[RESIDUAL_PRIVATE]
-        value += f32_at(at)[column]
-    if given[BIAS] != 0:
-        value += f32_at(given[BIAS])[column]
-    return value
+def finish_span(given, t, thread, span, total):
+    """Sums of a span by position, plus residual and bias -> y."""
+    out_bytes = 64 * tile_tokens(total)
+    at, here = span * out_bytes, given[OUT] + t * given[OUT_STRIDE]
+    residual = given[RESIDUAL] + t * given[RESIDUAL_STRIDE] + thread * given[RESIDUAL_PRIVATE]
+    total = tile_by_column(total)
+    if at + out_bytes <= 4 * given[WIDTH]:
+        if given[RESIDUAL] != 0:
+            total = tile_add_memory(total, residual + at, 64)
+        if given[BIAS] != 0:
+            total = tile_add_memory(total, given[BIAS] + at, 64)
+        tile_store(total, here + at, 64)
+    else:
+        ordered = given[ORDERED] + thread * out_bytes
+        tile_store(total, ordered, 64)
+        for part in range(at, 4 * given[WIDTH], 64):
+            value = load_f32x16(ordered + part - at)
+            if given[RESIDUAL] != 0:
+                value = add_f32x16(value, load_f32x16(residual + part))
+            if given[BIAS] != 0:
+                value = add_f32x16(value, load_f32x16(given[BIAS] + part))
+            store_f32x16(here + part, value)
 
 
 @inline
-def _point_block(given, tables, x, rows, listing, block, end, n):
+def _list(given, x, more, rows, listing):
+    """The neurons of both inputs that any row has; returns how many."""
+    features = given[FEATURES]
+    n = select(x, given[X_STRIDE], rows, features, NOT_ZERO, 0, listing)
+    if given[MORE_FEATURES] == 0:
+        return n
+    second = listing + 4 * n
+    n_more = select(more, given[MORE_STRIDE], rows, given[MORE_FEATURES], NOT_ZERO, 0, second)
+    wanted = i32_at(second)
+    for i in range(n_more):
+        wanted[i] += features
+    return n + n_more
+
+
+@inline
+def _point_block(given, tables, x, more, listing, block, end, n, rows):
     """Tables for neurons [block, end): of every row of x the addresses and values of those that it has,
     behind the addresses of the neurons after them; returns how many those are.
     """
@@ -90,13 +121,16 @@ def _point_block(given, tables, x, rows, listing, block, end, n):
     following = min(end - block, n - end)
     for i in range(following):
         ahead[i] = given[WEIGHT] + wanted[end + i] * given[STRIDE]
+    features = given[FEATURES]
     for t in range(rows):
         hidden, table = f32_at(x + t * given[X_STRIDE]), tables + (1 + t) * TABLE_BYTES
+        others = f32_at(more + t * given[MORE_STRIDE])
         pointers, factors, count = i64_at(table), f32_at(table + 8 * LARGE_BLOCK), 0
         for i in range(block, end):
             f = wanted[i]
-            pointers[count], factors[count] = given[WEIGHT] + f * given[STRIDE], hidden[f]
-            count += hidden[f] != float32(0)
+            value = hidden[f] if f < features else others[f - features]
+            pointers[count], factors[count] = given[WEIGHT] + f * given[STRIDE], value
+            count += value != float32(0)
         pointers[LARGE_BLOCK + LARGE_BLOCK // 2] = count
     return following
 
@@ -107,7 +141,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
     lanes = together // 2
     scale_bytes = 64 // together  # of a span
     size = 64 * (1 + positions)
-    zero = 0 if has_minimum else 8 if bits == 4 else 128
+    shift_share = 1 if has_minimum else -8 if bits == 4 else -128  # of the sum of shifts, in y
     tokens = 1 + positions
 
     @kernel
@@ -115,8 +149,8 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         given = i64_at(operands)
         rows, spans = i64_at(step)[given[COUNT]], (given[WIDTH] + 128 * 4 // bits - 1) // (128 * 4 // bits)
         listing = given[LISTING] + thread * given[LISTING_BYTES]
-        x = given[X] + thread * given[X_PRIVATE]
-        n = select(x, given[X_STRIDE], rows, given[FEATURES], NOT_ZERO, 0, listing)
+        x, more = given[X] + thread * given[X_PRIVATE], given[MORE] + thread * given[MORE_PRIVATE]
+        n = _list(given, x, more, rows, listing)
         chunks = (given[WIDTH] + 2 * group - 1) // (2 * group)
         scales = (chunks * together + 15) // 16 * 64
         minima = scales + (chunks + 15) // 16 * 64
@@ -127,7 +161,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         together_rows = BLOCK if rows == 1 else LARGE_BLOCK
         for block in range(0, n, together_rows):
             end = min(block + together_rows, n)
-            following = _point_block(given, tables, x, rows, listing, block, end, n)
+            following = _point_block(given, tables, x, more, listing, block, end, n, rows)
             ahead = i64_at(tables)
             for span in range(first, last):
                 at_scale = scales + scale_bytes * span
@@ -152,31 +186,10 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
                     tile_store(total, sums, 64)
         for t in range(rows):
             for span in range(first, last):
-                _finish(given, t, thread, span, given[SUMS] + (t * spans + span) * size, bits, zero)
+                total = tile_load(tokens, given[SUMS] + (t * spans + span) * size, 64)
+                finish_span(given, t, thread, span, tile_from_codes(total, float32(shift_share)))
 
     return linear_t_quantized
-
-
-@inline
-def _finish(given, t, thread, span, sums, bits, zero):
-    """Sums by (position, lane) -> y by column: position k of lane p is column 8 p + 4 (k % 2) + k // 2 of the
-    span (4 bits: low nibbles are the first quad) or 4 p + k.
-    """
-    out = f32_at(given[OUT] + t * given[OUT_STRIDE])
-    positions = 32 // bits
-    total, last = f32_at(sums), f32_at(sums + 64 * positions)
-    for lane in range(16):
-        shift = last[lane] if zero == 0 else float32(-zero) * last[lane]
-        factor = float32(1)
-        for k in range(positions):
-            inner = 4 * (k % 2) + k // 2 if bits == 4 else k
-            column = (16 * span + lane) * positions + inner
-            value = total[16 * k + lane]
-            if k < positions - 1:
-                value *= factor
-                factor *= float32(0.0625) if bits == 4 else float32(0.00390625)
-            if column < given[WIDTH]:
-                out[column] = first_value(given, t, thread, column) + (value + shift)
 
 
 def _float_kernel(kind: int) -> Kernel:
@@ -209,7 +222,14 @@ def _float_kernel(kind: int) -> Kernel:
                         weight = load_bf16x16(row + width * c)
                     store_f32x16(sums + 4 * c, fma_f32x16(weight, factor, load_f32x16(sums + 4 * c)))
             out = f32_at(given[OUT] + t * given[OUT_STRIDE])
+            residual = f32_at(given[RESIDUAL] + t * given[RESIDUAL_STRIDE] + thread * given[RESIDUAL_PRIVATE])
+            bias = f32_at(given[BIAS])
             for c in range(begin, end):
-                out[c] = first_value(given, t, thread, c) + total[c]
+                value = total[c]
+                if given[RESIDUAL] != 0:
+                    value += residual[c]
+                if given[BIAS] != 0:
+                    value += bias[c]
+                out[c] = value
 
     return linear_t_float

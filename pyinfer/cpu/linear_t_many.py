@@ -21,20 +21,23 @@ from pyinfer.cpu.linear import OUT as INNER_OUT
 from pyinfer.cpu.linear import PANEL_STRIDE as INNER_STRIDE
 from pyinfer.cpu.linear import RESIDUAL as INNER_RESIDUAL
 from pyinfer.cpu.linear_at import INNER_BYTES
-from pyinfer.cpu.linear_t import BIAS, OUT, OUT_STRIDE, RESIDUAL, STRIDE, SUMS, WEIGHT, WIDTH, first_value
+from pyinfer.cpu.linear_t import BIAS, OUT, RESIDUAL, STRIDE, SUMS, WEIGHT, WIDTH, finish_span
+from pyinfer.cpu.linear_t import OPERANDS as T_OPERANDS
 from pyinfer.jit.atomics import call_kernel
 from pyinfer.jit.codes import load_scales, store_code_scale, store_quad, tile_codes, tile_largest
 from pyinfer.jit.kernel import Kernel, kernel
-from pyinfer.jit.memory import f32_at, i64_at, u16_at, u32_at
+from pyinfer.jit.memory import i64_at, u16_at, u32_at
 from pyinfer.jit.simd import load_f32x16, mul_f32x16, splat_f32x16
-from pyinfer.jit.tiles import tile_store, tile_zero
+from pyinfer.jit.tiles import tile_load, tile_store, tile_zero
 from pyinfer.quants.panels import PANEL_ROWS, U8, Layout
 
 # Operands behind those of `pyinfer.cpu.linear_t`: the linear kernel and each thread's operands of it; a
 # thread's scratch, with what panels are made of at VALUES and the panels at PANELS; the neurons of this slab.
-# LINEAR stands where `pyinfer.cpu.linear_at` has it.
-LINEAR, INNER, SCRATCH, SCRATCH_BYTES, VALUES, PANELS, FIRST, NEURONS, SUM_STRIDE = range(18, 27)
-OPERANDS = 27
+# LINEAR, INNER, SCRATCH and SCRATCH_BYTES follow each other as in `pyinfer.cpu.linear_at`.
+LINEAR, INNER, SCRATCH, SCRATCH_BYTES, VALUES, PANELS, FIRST, NEURONS, SUM_STRIDE = range(
+    T_OPERANDS, T_OPERANDS + 9
+)
+OPERANDS = T_OPERANDS + 9
 
 SLAB = 1024  # neurons: 8 panels of 17 KiB stay in the L2 cache
 GROUP = 32
@@ -130,20 +133,10 @@ def _finish_kernel(bits: int) -> Kernel:
     def linear_t_finish(operands, step, first, last, thread):
         given = i64_at(operands)
         for row in range(first, last):
-            sums, out = (
-                f32_at(given[SUMS] + row * given[SUM_STRIDE]),
-                f32_at(given[OUT] + row * given[OUT_STRIDE]),
-            )
-            for c in range(given[WIDTH]):
-                inside, lane, start = (
-                    c % positions,
-                    c // positions % 16,
-                    c // (16 * positions) * 16 * positions,
-                )
-                k = inside
-                if bits == 4:
-                    k = 2 * (inside % 4) + inside // 4
-                out[c] = first_value(given, row, thread, c) + sums[start + 16 * k + lane]
+            sums = given[SUMS] + row * given[SUM_STRIDE]
+            for span in range((given[WIDTH] + 16 * positions - 1) // (16 * positions)):
+                total = tile_load(positions, sums + 64 * positions * span, 64)
+                finish_span(given, row, thread, span, total)
 
     return linear_t_finish
 

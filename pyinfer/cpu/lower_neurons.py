@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyinfer.cpu import gather, linear_t_many, rows
+from pyinfer.cpu import gather, linear_t_many, linear_t_one, rows
 from pyinfer.cpu import linear as kernels
 from pyinfer.cpu import linear_at as kernels_at
+from pyinfer.cpu import linear_from as kernels_from
 from pyinfer.cpu import linear_t as kernels_t
 from pyinfer.cpu.gather import ABOVE, NOT_ZERO, REACHING
-from pyinfer.cpu.lower_linear import linear_operands, prepare, quantized, residual_of
+from pyinfer.cpu.lower_linear import linear, linear_operands, prepare, quantized, residual_of
 from pyinfer.cpu.scratch import Buffer
-from pyinfer.cpu.weights import Matrix
+from pyinfer.cpu.weights import PANELS, Matrix
+from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import DYNAMIC, STATIC
 from pyinfer.program.program import Op
+from pyinfer.quants import columns
 from pyinfer.quants.panels import PANEL_ROWS, U8, Layout, panels_of
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ def _all(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, o
         kernels_at.PANEL: gather.gathered_bytes(matrix.layout, matrix.columns),
     }
     inner = operands[: kernels.OPERANDS].copy()
-    _inner(lowering, operands, matrix.layout, inner, parts)
+    _inner(lowering, (operands, kernels_at.LINEAR), matrix.layout, inner, parts)
     items = ("panels", panels_of(matrix.rows))
     lowering.emit(kernels_at.linear_rows(matrix.layout), operands, items, DYNAMIC, [source], out)
     if op.params["times"]:
@@ -119,43 +122,93 @@ def _all(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, o
         lowering.free(out)
 
 
+def linear_from(lowering: Lowering, op: Op, position: int) -> int:
+    matrix = lowering.machine.weights.matrices[op.weight.name]
+    if matrix.order == PANELS:
+        return linear(lowering, op, position)
+    source = prepare(lowering, op.inputs[0], lowering.input(op))
+    lines = columns.lines_of(matrix.layout, matrix.rows)
+    out = lowering.new_rows(lines * columns.line_outputs(matrix.layout), shared=True)
+    lowering.buffers[op.output.index] = out
+    operands = np.zeros(kernels_from.OPERANDS, np.int64)
+    operands[: kernels.OPERANDS] = linear_operands(lowering, matrix, source, out)
+    operands[kernels.BIAS] = _bias(lowering, op, out.stride // 4)
+    operands[kernels_from.LINES] = lines
+    n_bytes = kernels_from.table_bytes(lowering.capacity[lowering.count])
+    operands[kernels_from.TABLE : kernels_from.OPERANDS] = lowering.thread_scratch((n_bytes + 63) // 64 * 64)
+    kernel = kernels_from.linear_from(matrix.layout, lowering.tile[lowering.count])
+    lowering.emit(kernel, operands, ("panels", lines), STATIC, [source], out)
+    return 1
+
+
 def linear_t(lowering: Lowering, op: Op, position: int) -> int:
     residual, taken = residual_of(lowering, [op], position)
-    matrix, x = lowering.machine.weights.matrices[op.weight.name], lowering.input(op)
+    matrix = lowering.machine.weights.matrices[op.weight.name]
+    inputs = [lowering.input(op, n) for n in range(len(op.inputs))]
+    if matrix.layout.is_float and len(inputs) > 1:
+        inputs = [_side_by_side(lowering, inputs, op)]
     out = lowering.new_rows(op.output.width, shared=True)
     lowering.buffers[op.output.index] = out
-    reads = [x]
     operands = np.zeros(linear_t_many.OPERANDS, np.int64)
     operands[kernels_t.WEIGHT], operands[kernels_t.STRIDE] = matrix.address, matrix.stride
     operands[kernels_t.FEATURES], operands[kernels_t.WIDTH] = matrix.rows, matrix.columns
     operands[kernels_t.COUNT], operands[kernels_t.BIAS] = lowering.count, _bias(lowering, op)
-    operands[kernels_t.X : kernels_t.X + 3] = x.address, x.stride, x.private
+    for first, x in zip((kernels_t.X, kernels_t.MORE), inputs):
+        operands[first : first + 3] = x.address, x.stride, x.private
+    if len(inputs) > 1:
+        operands[kernels_t.FEATURES] = op.inputs[0].width
+        operands[kernels_t.MORE_FEATURES] = op.inputs[1].width
+    others = []
     operands[kernels_t.OUT], operands[kernels_t.OUT_STRIDE] = out.address, out.stride
     if residual is not None:
         buffer = lowering.buffers[residual.index]
         operands[kernels_t.RESIDUAL : kernels_t.RESIDUAL + 3] = buffer.address, buffer.stride, buffer.private
-        reads.append(buffer)
+        others.append(buffer)
         lowering.buffers[lowering.program.ops[position + 1].output.index] = out
     if lowering.by_rows:
-        _skipping(lowering, matrix, operands, reads, out)
+        _skipping(lowering, matrix, operands, [*inputs, *others], out)
     elif matrix.layout.is_float:
-        _columns(lowering, matrix, operands, reads, out)
+        _columns(lowering, matrix, operands, [*inputs, *others], out)
     else:
-        _slabs(lowering, matrix, operands, reads, out)
+        widths = [value.width for value in op.inputs]
+        _slabs(lowering, matrix, operands, list(zip(inputs, widths)), others, out)
     return taken
 
 
+def _side_by_side(lowering: Lowering, inputs: list[Buffer], op: Op) -> Buffer:
+    """The inputs of an op as one."""
+    out, start = lowering.new_rows(sum(value.width for value in op.inputs), shared=False), 0
+    for value, source in zip(op.inputs, inputs):
+        one = lowering.constant(1.0)
+        lowering.row_op(rows.scale, value.width, [source], out.view(4 * start), NUMBER=one)
+        start += value.width
+    return out
+
+
 def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
+    """One row of x divides neurons among threads, several rows columns: a row's sums are many numbers."""
     spans = -(-matrix.columns // kernels_t.span_of(matrix.layout))
+    by_part = lowering.single and not matrix.layout.is_float
+    if by_part:
+        tables, copies = linear_t_one.TABLES_BYTES, linear_t_one.PARTS
+    else:
+        copies = lowering.capacity[lowering.count]
+        tables = kernels_t.tables_bytes(copies)
     parts = {
-        kernels_t.LISTING: 4 * panels_of(matrix.rows) * PANEL_ROWS,
-        kernels_t.TABLES: kernels_t.tables_bytes(lowering.capacity[lowering.count]),
+        kernels_t.LISTING: 4 * (panels_of(matrix.rows) + 1) * PANEL_ROWS,
+        kernels_t.TABLES: tables,
     }
-    n_bytes = kernels_t.sums_bytes(matrix.layout) * spans * lowering.capacity[lowering.count]
-    sums = lowering.new(n_bytes, 0, shared=True)
     operands[kernels_t.LISTING : kernels_t.LISTING + 2] = _scratch(lowering, operands, parts)
+    sums = lowering.new(kernels_t.sums_bytes(matrix.layout) * spans * copies, 0, shared=True)
     operands[kernels_t.SUMS] = sums.address
-    lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
+    operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
+    if by_part:
+        kernel = linear_t_one.linear_t_one(matrix.layout)
+        lowering.emit(kernel, operands, ("panels", copies), STATIC, reads, sums)
+        kernel, reads = linear_t_one.total(matrix.layout), [sums, *reads]
+    else:
+        kernel = kernels_t.linear_t(matrix.layout)
+    lowering.emit(kernel, operands, ("panels", spans), STATIC, reads, out)
     lowering.free(sums)
 
 
@@ -167,12 +220,21 @@ def _columns(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], 
     ]
     operands[linear_t_many.NEURONS] = matrix.rows
     parts = {linear_t_many.PANELS: matrix.rows * PANEL_ROWS * matrix.layout.bits // 8}
-    _inner(lowering, operands, matrix.layout, inner, parts)
+    _inner(lowering, (operands, linear_t_many.LINEAR), matrix.layout, inner, parts)
     items = ("panels", panels_of(matrix.columns))
     lowering.emit(linear_t_many.columns(matrix.layout), operands, items, DYNAMIC, reads, out)
 
 
-def _slabs(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
+def _span_scratch(lowering: Lowering, layout: Layout) -> int:
+    """Address of the floats of one span for every thread."""
+    lowering.keep.append(allocate(4 * kernels_t.span_of(layout) * lowering.machine.n_threads))
+    return lowering.keep[-1].ctypes.data
+
+
+def _slabs(
+    lowering: Lowering, matrix: Matrix, operands, inputs: list[tuple[Buffer, int]], others, out: Buffer
+) -> None:
+    """inputs : parts of x, and how many elements they have"""
     span = kernels_t.span_of(matrix.layout)
     spans = -(-matrix.columns // span)
     sums = lowering.new_rows(spans * span, shared=True)
@@ -181,26 +243,32 @@ def _slabs(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], ou
         linear_t_many.VALUES: linear_t_many.values_bytes(matrix.layout),
         linear_t_many.PANELS: linear_t_many.panels_bytes(matrix.layout),
     }
-    x = reads[0]
-    for first in range(0, matrix.rows, linear_t_many.SLAB):
+    operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
+    starts = np.cumsum([0, *(width for _, width in inputs)])
+    for first, x, neurons in [
+        (int(start) + at, x.view(4 * at), min(linear_t_many.SLAB, width - at))
+        for start, (x, width) in zip(starts, inputs)
+        for at in range(0, width, linear_t_many.SLAB)
+    ]:
         slab = operands.copy()
-        neurons = min(linear_t_many.SLAB, matrix.rows - first)
-        source = quantized(lowering, x.view(4 * first), neurons)
+        source = quantized(lowering, x, neurons)
         slab[linear_t_many.FIRST], slab[linear_t_many.NEURONS] = first, neurons
         inner = linear_operands(lowering, matrix, source, sums)
         inner[kernels.RESIDUAL_STRIDE] = sums.stride
-        _inner(lowering, slab, U8, inner, parts)
+        _inner(lowering, (slab, linear_t_many.LINEAR), U8, inner, parts)
         before = [source, sums] if first else [source]
         lowering.emit(linear_t_many.slab(matrix.layout), slab, ("panels", spans), DYNAMIC, before, sums)
         lowering.free(source)
-    lowering.row_kernel(linear_t_many.finish(matrix.layout), operands, [sums, *reads[1:]], out)
+    lowering.row_kernel(linear_t_many.finish(matrix.layout), operands, [sums, *others], out)
     lowering.free(sums)
 
 
-def _bias(lowering: Lowering, op: Op) -> int:
+def _bias(lowering: Lowering, op: Op, width: int = 0) -> int:
+    """Its address; at least `width` numbers are there."""
     if op.bias is None:
         return 0
     bias = lowering.machine.weights.vectors[op.bias.name]
+    bias = np.pad(bias, (0, max(0, width - len(bias))))
     lowering.keep.append(bias)
     return bias.ctypes.data
 
@@ -214,16 +282,18 @@ def _scratch(lowering: Lowering, operands: np.ndarray, parts: dict[int, int]) ->
     return lowering.thread_scratch(n_bytes)
 
 
-def _inner(lowering: Lowering, operands: np.ndarray, layout: Layout, inner: np.ndarray, parts: dict) -> None:
+def _inner(
+    lowering: Lowering, place: tuple[np.ndarray, int], layout: Layout, inner: np.ndarray, parts: dict
+) -> None:
     """Give every thread scratch and operands for the linear kernel, whose panels are the last of the parts.
 
-    LINEAR, INNER, SCRATCH and SCRATCH_BYTES follow each other at the same place in both kernels' operands.
+    place : operands, and where LINEAR, INNER, SCRATCH and SCRATCH_BYTES stand in them
     """
+    operands, first = place
     address, stride = _scratch(lowering, operands, parts)
     each = np.zeros((lowering.machine.n_threads, kernels_at.INNER_BYTES // 8), np.int64)
     each[:, : kernels.OPERANDS] = inner
     each[:, kernels.WEIGHT] = address + stride * np.arange(len(each)) + operands[list(parts)[-1]]
     lowering.keep.append(each)
     kernel = kernels.linear(layout, lowering.tile[lowering.count])
-    first = kernels_at.LINEAR
     operands[first : first + 4] = kernel.address, each.ctypes.data, address, stride

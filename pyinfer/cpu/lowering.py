@@ -159,9 +159,10 @@ class Lowering:
         self._rows.append(instruction(kernel, operands, 0, mode, mode == DYNAMIC))
         self.count_of.append(items)
         if writes is not None:
-            writes.written = PRIVATE if mode == EVERY_THREAD else BY_ROWS if by_rows else SHARED
-            if writes.written != PRIVATE:
-                self._dirty.append(writes)
+            whole = writes.whole
+            whole.written = PRIVATE if mode == EVERY_THREAD else BY_ROWS if by_rows else SHARED
+            if whole.written != PRIVATE:
+                self._dirty.append(whole)
         if mode == DYNAMIC:
             self.barrier()
 

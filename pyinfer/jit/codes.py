@@ -8,9 +8,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pyinfer.jit.levels import level
 from pyinfer.jit.llvm import (
+    I8,
     I16,
     I32,
+    I64,
     LANES,
     TileType,
     call,
@@ -82,6 +85,53 @@ def tile_codes(typingctx, tokens, address, scale, shift):
         return tile
 
     return result(tokens, types.int64, f32x16, f32x16), generate
+
+
+@intrinsic
+def tile_from_codes(typingctx, tile, share):
+    """What `tile_add_codes` added up, as numbers: row k / `code_factor` + share * the last row."""
+    result = TileType("f32", tile.tokens - 1)
+    bits = 32 // result.tokens
+
+    def generate(context, builder, signature, args):
+        last = builder.extract_value(args[0], result.tokens)
+        shift = builder.fmul(last, splat(builder, args[1]))
+        out = ir.Constant(result.llvm, ir.Undefined)
+        for k in range(result.tokens):
+            value = builder.fmul(builder.extract_value(args[0], k), constant_f32(1.0 / code_factor(bits, k)))
+            out = builder.insert_value(out, builder.fadd(value, shift), k)
+        return out
+
+    return result(tile, types.float32), generate
+
+
+def _interleaved(builder, vectors):
+    """Element p of every vector side by side, for p = 0, 1 ..."""
+    if len(vectors) == 1:
+        return vectors
+    zipped = []
+    for even, odd in zip(*(_interleaved(builder, vectors[first::2]) for first in (0, 1))):
+        for half in (0, LANES // 2):
+            lanes = [lane for p in range(half, half + LANES // 2) for lane in (p, LANES + p)]
+            zipped.append(shuffle(builder, even, odd, lanes))
+    return zipped
+
+
+@intrinsic
+def tile_by_column(typingctx, tile):
+    """Positions of 16 words -> their columns in order: row i is columns 16 i and on. A word of 4-bit codes
+    has its first four columns in the low nibbles of its bytes.
+    """
+
+    def generate(context, builder, signature, args):
+        order = (0, 2, 4, 6, 1, 3, 5, 7) if tile.tokens == 8 else (0, 1, 2, 3)
+        vectors = [builder.extract_value(args[0], k) for k in order]
+        out = args[0]
+        for i, vector in enumerate(_interleaved(builder, vectors)):
+            out = builder.insert_value(out, vector, i)
+        return out
+
+    return tile(tile), generate
 
 
 def constant_f32(value: float):
@@ -167,6 +217,18 @@ def nonzero_bits(typingctx, address):
 
 
 @intrinsic
+def nonzero_bytes(typingctx, address):
+    """Bit k tells whether the byte at address + k is not 0, for 32 of them."""
+
+    def generate(builder, address_):
+        x = load(builder, address_, ir.VectorType(I8, 32))
+        found = builder.icmp_unsigned("!=", x, constant(x.type, 0))
+        return builder.zext(builder.bitcast(found, I32), ir.IntType(64))
+
+    return word(types.int64, generate, types.int64)
+
+
+@intrinsic
 def above_bits(typingctx, address, least):
     """Bit k tells whether the float32 at address + 4 k is larger than `least`; also for NaN."""
 
@@ -189,10 +251,37 @@ def reaching_bits(typingctx, address, thresholds):
 
 
 @intrinsic
+def list_bits(typingctx, bits, first, target):
+    """Write first + k as int32 for every bit k (of 16) that is set, side by side from `target` on, where all
+    16 must have room; returns how many. Without a branch: which bits are set is hard to foretell.
+    """
+
+    def generate(builder, bits_, first_, target_):
+        first_ = builder.trunc(first_, I32)
+        if level.get() == "avx512vnni":
+            numbers = ir.Constant(i32x16.llvm, list(range(LANES)))
+            numbers = builder.add(numbers, splat(builder, first_))
+            mask = builder.bitcast(builder.trunc(bits_, I16), ir.VectorType(ir.IntType(1), LANES))
+            name = "llvm.x86.avx512.mask.compress.v16i32"
+            found = call(builder, name, numbers.type, numbers, constant(numbers.type, 0), mask)
+            store(builder, found, target_)
+            return builder.zext(call(builder, "llvm.ctpop.i32", I32, bits_), I64)
+        count = I64(0)
+        for k in range(LANES):
+            store(builder, builder.add(first_, I32(k)), builder.add(target_, builder.shl(count, I64(2))))
+            bit = builder.and_(builder.lshr(bits_, I32(k)), I32(1))
+            count = builder.add(count, builder.zext(bit, I64))
+        return count
+
+    return word(types.int64, generate, types.int32, types.int64, types.int64)
+
+
+@intrinsic
 def lowest_bit(typingctx, bits):
-    """Index of the lowest bit that is set; bits is not 0."""
+    """Index of the lowest bit that is set; bits (int32 or int64) is not 0."""
 
     def generate(builder, bits_):
-        return call(builder, "llvm.cttz.i32", I32, bits_, ir.Constant(ir.IntType(1), 1))
+        name = f"llvm.cttz.i{bits.bitwidth}"
+        return call(builder, name, bits_.type, bits_, ir.Constant(ir.IntType(1), 1))
 
-    return word(types.int32, generate, types.int32)
+    return word(bits, generate, bits)

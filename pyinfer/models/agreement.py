@@ -38,7 +38,12 @@ def check_agreement(file: GGUFFile, hp: HParams, program: Program) -> None:
 
 
 def _check_tensors(file: GGUFFile, program: Program) -> None:
-    used = {tensor.name for op in program.ops for tensor in (op.weight, op.bias) if tensor is not None}
+    used = {
+        (tensor.whole or tensor).name
+        for op in program.ops
+        for tensor in (op.weight, op.bias)
+        if tensor is not None
+    }
     for name in file.tensors:
         if name not in used and not _WITHOUT_OPERATION.fullmatch(name):
             raise UnsupportedError(

@@ -157,7 +157,7 @@ class _Facts:
             forms, inputs, thresholds = found
             thresholds = np.where(self.hot(), np.float32(-np.inf), thresholds)
             layers = tuple(
-                LayerPlan(PREDICTED, thresholds=each, form=form, input=source)
+                LayerPlan(PREDICTED, thresholds=each, form=form, input=source, apart=self.neuron_major)
                 for form, source, each in zip(forms, inputs, thresholds)
             )
             build(FFNPlan(layers))  # which checks biases, and that the family has their input

@@ -5,6 +5,7 @@ Source: the vocabulary follows ggml's graph functions and the llama.cpp tensor n
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from pyinfer.program.rope import Rope
 from pyinfer.program.sparsity import DENSE, PREDICTED, FFNPlan, LayerPlan
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
-BIASED = ("linear", "linear_t", "linear_at", "layer_norm")  # operations that add the bias of their weight
+# Operations that add the bias of their weight.
+BIASED = ("linear", "linear_t", "linear_at", "linear_from", "layer_norm")
+BY_NEURON = (names.FFN_GATE, names.FFN_UP, names.FFN_DOWN_T, names.FC2)  # a row is a neuron's
+HOT, COLD = "hot", "cold"
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
 
 
@@ -33,6 +37,13 @@ class Weight:
         self.tensor = file.tensors[full]
         self.bias = file.tensors.get(names.bias(name, block))
 
+    def part(self, label: str, index: np.ndarray) -> Weight:
+        """These rows, and their part of the bias."""
+        found = copy(self)
+        found.tensor = self.tensor.part(label, index)
+        found.bias = self.bias.part(label, index) if self.bias and len(self.bias.shape) == 1 else None
+        return found
+
 
 class Weights:
     """The tensors of a model, or of one block, by their names on disk: `w.token_embd`,
@@ -41,9 +52,22 @@ class Weights:
 
     def __init__(self, file: GGUFFile, block: int | None = None) -> None:
         self._file, self.block = file, block
+        self._label, self._index = "", None
 
     def __getattr__(self, name: str) -> Weight:
-        return Weight(self._file, name, self.block)
+        found = Weight(self._file, name, self.block)
+        if self._index is None or name not in BY_NEURON:
+            return found
+        part = found.part(self._label, self._index)
+        if name == names.FFN_DOWN_T:
+            part.bias = found.bias  # which is no neuron's
+        return part
+
+    def part(self, label: str, index: np.ndarray) -> Weights:
+        """The same block with these neurons only."""
+        found = Weights(self._file, self.block)
+        found._label, found._index = label, index
+        return found
 
     def has(self, name: str) -> bool:
         return names.weight(name, self.block) in self._file.tensors
@@ -107,8 +131,8 @@ class Builder:
         self._vector(weight.tensor, x.width // heads, "one number per element")
         return self._emit("rms_norm", (x,), x.width, weight, epsilon=epsilon, heads=heads)
 
-    def linear(self, x: Value, weight: Weight, width: int) -> Value:
-        """`width` is the number of outputs that the family expects."""
+    def linear(self, x: Value, weight: Weight, width: int, name: str = "linear") -> Value:
+        """`width` is the number of outputs that the family expects; name: or linear_from."""
         self._check(weight.tensor, (x.width, width), "inputs, outputs")
         if x.width > MOST_COLUMNS:
             raise UnsupportedError(
@@ -116,17 +140,20 @@ class Builder:
                 f"at most {MOST_COLUMNS} are supported"
             )
         self._vector(weight.bias, width, "one bias per output")
-        return self._emit("linear", (x,), width, weight)
+        return self._emit(name, (x,), width, weight)
 
-    def linear_t(self, x: Value, weight: Weight, width: int) -> Value:
-        """As `linear`, for a weight that is kept neuron by neuron: x.width rows of `width` columns."""
-        self._check(weight.tensor, (width, x.width), "outputs, inputs")
+    def linear_t(self, x: Value, weight: Weight, width: int, before: Value | None = None) -> Value:
+        """As `linear`, for a weight that is kept neuron by neuron: a row of `width` columns for every element
+        of x, and before those for every element of `before`.
+        """
+        inputs = (before, x) if before else (x,)
+        self._check(weight.tensor, (width, sum(value.width for value in inputs)), "outputs, inputs")
         self._vector(weight.bias, width, "one bias per output")
         if x.width % 32:
             raise UnsupportedError(
                 f"{self._file.path}: {weight.tensor.name} has {x.width} rows, not a multiple of 32"
             )
-        return self._emit("linear_t", (x,), width, weight)
+        return self._emit("linear_t", inputs, width, weight)
 
     def linear_at(
         self, x: Value, mask: Value, weight: Weight, *, times: bool, thresholds: Any = None
@@ -233,28 +260,69 @@ class Builder:
         Dense, exact or predicted: that is decided in this one method, by the plan. down may be kept neuron by
         neuron (ffn_down_t). `raw` is the input before its norm, which some predictors read.
         """
-        plan, gated = self._plan.layer(layer.block), layer.has(names.FFN_GATE)
-        first = layer.ffn_gate if gated else layer.ffn_up
-        scores = None
+        plan = self._plan.layer(layer.block)
+        if len(plan.hot):
+            return self._hot_and_cold(x, raw, layer, activation, plan)
+        gated = layer.has(names.FFN_GATE)
         if plan.mode == PREDICTED:
             scores = self._scores(x, raw, layer, plan)
-            g = self.linear_at(x, scores, first, times=False, thresholds=plan.thresholds)
-        else:
-            g = self.linear(x, first, width)
+            return self._down(self._of_guess(x, scores, layer, activation, plan.thresholds), layer, x.width)
+        g = self.linear(x, layer.ffn_gate if gated else layer.ffn_up, width)
         if plan.mode == DENSE and gated:
             hidden = self.gate(activation, g, self.linear(x, layer.ffn_up, width))
         else:
             hidden = self._active(plan, activation, g)
-            if self._plan.observe == "stats":
-                self._count(x, layer, plan, activation, g, scores)
-            if gated:
-                hidden = self._times_up(x, hidden, layer, activation)
-            if self._plan.observe == "stats":
-                self.observe("used", hidden, layer.block)
+            hidden = self._times_up(x, hidden, layer, activation) if gated else hidden
+            self._stats("used", hidden, layer)
         self._observe(layer, x, raw, g, hidden, activation)
+        return self._down(hidden, layer, x.width)
+
+    def _down(self, hidden: Value, layer: Weights, width: int) -> Value:
         if layer.has(names.FFN_DOWN_T):
-            return self.linear_t(hidden, layer.ffn_down_t, x.width)
-        return self.linear(hidden, layer.ffn_down, x.width)
+            return self.linear_t(hidden, layer.ffn_down_t, width)
+        return self.linear(hidden, layer.ffn_down, width)
+
+    def _hot_and_cold(
+        self, x: Value, raw: Value | None, layer: Weights, activation: str, plan: LayerPlan
+    ) -> Value:
+        """Hot neurons as a dense layer of their own, the others by prediction; what reads x stands together,
+        so that it is one linear.
+        """
+        assert plan.thresholds is not None, "a plan with hot neurons has thresholds"
+        cold = np.setdiff1d(np.arange(len(plan.thresholds)), plan.hot)
+        hot, rest = layer.part(HOT, plan.hot), layer.part(COLD, cold)
+        gated = layer.has(names.FFN_GATE)
+        first = self.linear(x, hot.ffn_gate if gated else hot.ffn_up, len(plan.hot))
+        up = self.linear(x, hot.ffn_up, len(plan.hot)) if gated else None
+        scores = self._scores(x, raw, rest, plan)
+        hidden = self.gate(activation, first, up) if up else self.activate(activation, first)
+        self._stats("hot", hidden, layer)
+        others = self._of_guess(x, scores, rest, activation, plan.thresholds[cold])
+        both = layer.part(f"{HOT}, {COLD}", np.concatenate([plan.hot, cold]))
+        return self.linear_t(others, both.ffn_down_t, x.width, before=hidden)
+
+    def _of_guess(
+        self, x: Value, scores: Value, layer: Weights, activation: str, thresholds: np.ndarray
+    ) -> Value:
+        """What goes into down, from the neurons whose score reaches its threshold."""
+        gated = layer.has(names.FFN_GATE)
+        first = layer.ffn_gate if gated else layer.ffn_up
+        g = self.linear_at(x, scores, first, times=False, thresholds=thresholds)
+        hidden = self._active(LayerPlan(), activation, g)
+        self._stats("computed", g, layer)
+        if self._plan.observe == "stats":  # what the layer would have used without a predictor
+            every = np.full(scores.width, -np.inf, np.float32)
+            truth = self.linear_at(x, scores, first, times=False, thresholds=every)
+            truth = self._active(LayerPlan(), activation, truth)
+            truth = self._times_up(x, truth, layer, activation) if gated else truth
+            self._stats("truth", truth, layer)
+        hidden = self._times_up(x, hidden, layer, activation) if gated else hidden
+        self._stats("used", hidden, layer)
+        return hidden
+
+    def _stats(self, what: str, x: Value, layer: Weights) -> None:
+        if self._plan.observe == "stats":
+            self.observe(what, x, layer.block)
 
     def _active(self, plan: LayerPlan, activation: str, g: Value) -> Value:
         """The activation alone; of dReLU the first half, as relu(g) * relu(u) is relu(relu(g) * u)."""
@@ -266,30 +334,15 @@ class Builder:
         source = raw if plan.input == "raw" else x
         if source is None:
             raise UnsupportedError(f"{self._file.path}: predictors of this family read the normed input")
-        small = self.linear(source, layer.fc1, layer.fc1.tensor.rows)
-        if plan.form == "relu":
-            small = self.activate("relu", small)
-        return self.linear(small, layer.fc2, layer.fc2.tensor.rows)
+        small, width = self.linear(source, layer.fc1, layer.fc1.tensor.rows), layer.fc2.tensor.rows
+        if plan.form == "relu":  # which leaves about half at zero
+            return self.linear(self.activate("relu", small), layer.fc2, width, name="linear_from")
+        return self.linear(small, layer.fc2, width)
 
     def _times_up(self, x: Value, active: Value, layer: Weights, activation: str) -> Value:
         """active * (up x), of dReLU its second half, too, for neurons that are active."""
         hidden = self.linear_at(x, active, layer.ffn_up, times=True)
         return self.activate("relu", hidden) if activation == "drelu" else hidden
-
-    def _count(
-        self, x: Value, layer: Weights, plan: LayerPlan, activation: str, g: Value, scores: Value | None
-    ) -> None:
-        """Count what was computed, and what a layer with a predictor would have used without it."""
-        if scores is None:
-            return
-        self.observe("computed", g, layer.block)
-        first = layer.ffn_gate if layer.has(names.FFN_GATE) else layer.ffn_up
-        every = np.full(scores.width, -np.inf, np.float32)
-        whole = self.linear_at(x, scores, first, times=False, thresholds=every)
-        active = self._active(plan, activation, whole)
-        if layer.has(names.FFN_GATE):
-            active = self._times_up(x, active, layer, activation)
-        self.observe("truth", active, layer.block)
 
     def _observe(
         self, layer: Weights, x: Value, raw: Value | None, g: Value, hidden: Value, activation: str

@@ -108,7 +108,8 @@ class Reference:
         deviation = np.sqrt((centred**2).mean(1, keepdims=True) + op.params["epsilon"])
         return centred / deviation * self._array(op.weight) + (self._array(op.bias) if op.bias else 0)
 
-    def _linear_t(self, op: Op, rows, x) -> np.ndarray:
+    def _linear_t(self, op: Op, rows, *inputs) -> np.ndarray:
+        x = np.concatenate(inputs, axis=1)
         return x @ self._array(op.weight) + (self._array(op.bias) if op.bias else 0)
 
     def _linear_at(self, op: Op, rows, x, mask) -> np.ndarray:
@@ -120,6 +121,9 @@ class Reference:
         return np.where(active, y * mask if op.params["times"] else y, 0)
 
     def _linear_rows(self, op: Op, rows, x) -> np.ndarray:
+        return self._linear(op, rows, x)
+
+    def _linear_from(self, op: Op, rows, x) -> np.ndarray:
         return self._linear(op, rows, x)
 
     def _keep(self, op: Op, rows, x) -> np.ndarray:

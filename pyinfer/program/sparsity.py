@@ -12,8 +12,9 @@ import numpy as np
 DENSE, EXACT, PREDICTED = "dense", "exact", "predicted"
 OBSERVED = ("fired", "histogram", "rows", "stats")
 # What "stats" counts, in steps of few rows only: neurons whose gate was computed, those that fired, and those
-# that would have fired without a predictor.
-STATS = ("computed", "used", "truth")
+# that would have fired without a predictor; beside those, the hot ones that fired.
+STATS = ("computed", "used", "truth", "hot")
+LEAST_HOT, HOT_STEP = 256, 32  # neurons; fewer are as well among the others
 HISTOGRAM_BINS = 4096
 HISTOGRAM_SHIFT = 19  # a bin is the upper 12 bits below the sign of |act(gate)|: 16 bins per octave
 
@@ -28,6 +29,7 @@ class LayerPlan:
     thresholds : float32 [F], predicted only; -inf: always computed (a hot neuron)
     form : of the predictor: relu, fc2 . relu(fc1 . x), as PowerInfer's; or linear, fc2 . (fc1 . x)
     input : of the predictor: norm, what the layer reads; or raw, the residual before its norm
+    apart : hot neurons may be computed by themselves, as the layer's down is kept neuron by neuron
     """
 
     mode: str = DENSE
@@ -35,6 +37,16 @@ class LayerPlan:
     thresholds: np.ndarray | None = None
     form: str = "relu"
     input: str = "norm"
+    apart: bool = False
+
+    @property
+    def hot(self) -> np.ndarray:
+        """Neurons that no predictor is asked about, when they are worth a computation of their own."""
+        if self.thresholds is None or not self.apart:
+            return np.zeros(0, np.int64)
+        found = np.flatnonzero(np.isneginf(self.thresholds))
+        worth = LEAST_HOT <= len(found) < len(self.thresholds)  # of all there would be none left to predict
+        return found[: len(found) // HOT_STEP * HOT_STEP if worth else 0]
 
 
 @dataclass(frozen=True)

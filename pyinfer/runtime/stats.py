@@ -51,12 +51,14 @@ def _of_layer(session: Session, layer: int, tokens: int) -> LayerStats:
     if plan.mode == DENSE:
         return LayerStats(layer, DENSE, 1.0, 1.0, 1.0, 0.0, 0.0)
     used = session.observed("used", layer)
-    neurons = len(used) * tokens
-    fired, computed, recall, hot = used.sum() / neurons, 1.0, 1.0, 0.0
+    n_always = len(plan.hot)
+    fired_always = session.observed("hot", layer).sum() if n_always else 0
+    neurons, n_fired = (len(used) + n_always) * tokens, used.sum() + fired_always
+    fired, computed, recall, hot = n_fired / neurons, 1.0, 1.0, 0.0
     if plan.mode == PREDICTED:
-        computed = session.observed("computed", layer).sum() / neurons
-        truth = session.observed("truth", layer).sum()
-        recall = float(used.sum() / truth) if truth else 1.0
+        computed = (session.observed("computed", layer).sum() + n_always * tokens) / neurons
+        truth = session.observed("truth", layer).sum() + fired_always
+        recall = float(n_fired / truth) if truth else 1.0
         hot = float(np.isneginf(plan.thresholds).mean())
     sizes = {name: _bytes(model, layer, name) for name in names.FFN_WEIGHTS}
     gated = sizes[names.FFN_GATE] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from golden_files import dequantize
@@ -17,7 +19,9 @@ from pyinfer.models import build_program
 from pyinfer.neurons.predictor import PredictorQuality, Predictors
 from pyinfer.neurons.profile import Profile
 from pyinfer.neurons.sparsity import parse_sparsity
+from pyinfer.program import sparsity as sparsity_module
 from pyinfer.program.reference import Reference
+from pyinfer.program.sparsity import LayerPlan
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 from pyinfer.runtime.stats import layer_stats
@@ -169,6 +173,43 @@ def test_hot_neurons_need_no_prediction(ours, share):
         assert apart(found, expected_logits(ours, "predicted")) < BOUND
 
 
+def _hot_file(path, name: str, quant: str, source: str, share: float = 0.4):
+    """A file whose predictors have a threshold for some neurons and none for the others, all at random."""
+    sparse_gguf(path, name, quant, random_predictors(name))
+    random = np.random.default_rng(9)
+    thresholds = random.standard_normal(_shape(path)).astype(np.float32)
+    thresholds[random.random(thresholds.shape) < share] = -np.inf
+    return _with_predictors(path, thresholds, "relu", source)
+
+
+@pytest.mark.parametrize("name", ZEROING)
+@pytest.mark.parametrize("quant", ["f32", "q4_0", "q5_1"])
+def test_hot_neurons_apart(name, quant, tmp_path, monkeypatch):
+    """As a dense layer of their own they change the order of sums, and nothing else."""
+    source = "raw" if name == "falcon_40b_relu" else "norm"
+    path = _hot_file(tmp_path / "hot.gguf", name, quant, source)
+    together, dense = logits(path, "predicted"), logits(path, "dense")
+    monkeypatch.setattr(sparsity_module, "LEAST_HOT", 32)
+    with load_model(path, sparsity="predicted") as model:
+        assert all(len(plan.hot) >= 32 for plan in model.plan.layers)
+        assert ".ffn_gate.weight[hot]" in str(model.program) or ".ffn_up.weight[hot]" in str(model.program)
+    found = logits(path, "predicted")
+    np.testing.assert_array_equal(found, logits(path, "predicted", threads=3))
+    # A last digit decides about a neuron whose score is at its threshold, and how activations are rounded.
+    assert apart(found, together) < 0.1 * apart(found, dense)
+    if quant == "f32":
+        assert apart(found, expected_logits(path, "predicted")) < 10 * BOUND
+
+
+def test_all_hot_or_few_hot_stay_together():
+    for n_hot, expected in ((0, 0), (255, 0), (256, 256), (300, 288), (511, 480), (512, 0)):
+        thresholds = np.zeros(512, np.float32)
+        thresholds[512 - n_hot :] = -np.inf
+        plan = LayerPlan("predicted", thresholds=thresholds, apart=True)
+        assert len(plan.hot) == expected
+        assert not len(replace(plan, apart=False).hot)
+
+
 def test_a_profile_makes_neurons_hot(ours):
     """Those that fire for at least half of the tokens, in whole panels of 16."""
     layers, neurons = _shape(ours)
@@ -208,7 +249,9 @@ def test_thresholded(name, tmp_path):
     assert all(each.mode == "exact" and 0.15 < each.fired < 0.45 for each in stats)
 
 
-def test_statistics_count_what_the_reference_counts(ours):
+@pytest.mark.parametrize("least_hot", [32, 256])
+def test_statistics_count_what_the_reference_counts(ours, least_hot, monkeypatch):
+    monkeypatch.setattr(sparsity_module, "LEAST_HOT", least_hot)
     random = np.random.default_rng(8)
     layers, neurons = _shape(ours)
     thresholds = random.standard_normal((layers, neurons))
@@ -231,6 +274,10 @@ def test_statistics_count_what_the_reference_counts(ours):
             what: sum((rows != 0).sum() for rows in reference.observed[what, layer])
             for what in ("computed", "truth", "used")
         }
+        if least_hot == 32:
+            hot = sum((rows != 0).sum() for rows in reference.observed["hot", layer])
+            seen = {what: number + hot for what, number in seen.items()}
+            seen["computed"] += 10 * 32 - hot
         assert each.computed == pytest.approx(seen["computed"] / (10 * neurons), abs=0.01)
         assert each.fired == pytest.approx(seen["used"] / (10 * neurons), abs=0.01)
         assert each.recall == pytest.approx(seen["used"] / seen["truth"], abs=0.02)
