@@ -18,7 +18,7 @@ import numpy as np
 
 from pyinfer import names
 from pyinfer.cpu.attention import element_bytes_of, head_bytes
-from pyinfer.cpu.weights import PANELS, ROWS, Matrix
+from pyinfer.cpu.weights import Matrix
 from pyinfer.models import opt
 from pyinfer.models.checkpoint import family_of
 from pyinfer.quants import quant
@@ -88,9 +88,9 @@ def weight_bytes(entries: list[TensorEntry]) -> int:
         by_row.append(names.FFN_UP)  # of neurons that fired
     for entry in entries:
         if len(entry.shape) > 1 and entry.name not in looked_up:
-            order = ROWS if entry.name.endswith(tuple(f".{name}.weight" for name in by_row)) else PANELS
+            by_rows = entry.name.endswith(tuple(f".{name}.weight" for name in by_row))
             rows, columns = prod(entry.shape[:-1]), entry.shape[-1]
-            found += Matrix(quant(entry.type).LAYOUT, 0, rows, columns, order).n_bytes
+            found += Matrix(quant(entry.type).LAYOUT, 0, rows, columns, by_rows).n_bytes
     return found
 
 

@@ -4,8 +4,12 @@ Sixteen wanted rows at a time are transposed in registers, so that they are what
 in `pyinfer.cpu.linear`: results equal those of a dense matrix to the bit, for one token or a few. Bound: the
 bytes of the wanted rows, which are asked for 16 rows ahead. Transposing takes 64 shuffles per 1024 bytes.
 
-GB/s of 2 threads at 10 % of the rows where dense reads 46: 36. Rejected: a whole panel made first, then
-multiplied 29; lines of the next rows asked for row by row instead of side by side 26; only into L2 29.
+ns per row of 2304 bytes and thread, 2 threads, 11 % of the rows of 3 GB, where reading everything takes 63
+(100 when the machine is slow): 105 (155). Loads of the same rows with no work at all: 87 (139), with idle
+work 104, so it is memory that gives rows lying apart more slowly. Rejected, in the same run: prefetching half
+or two batches of 16 rows ahead 0.96 to 1.07 of the time, spread over the work 0.96 to 1.02; by one thread a
+dot product per row and group, then transposed, 1.24, though it needs two thirds of the operations. Before: a
+whole panel made first, then multiplied, 1.24; lines asked for row by row 1.38.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ A row is a neuron's output weights, so a neuron that did not fire costs nothing,
 spans of columns: every thread owns a part of y and adds neurons in order, so y does not depend on the number
 of threads, nor on how many zeros were skipped. Per 128 4-bit weights: 8 times and, convert, multiply-add, and
 their share of the sums, which stay in the L1 cache and are loaded once per BLOCK neurons: 28 GB/s per thread
-of a Zen 5 core. BLOCK 16 is slower by up to a tenth, 32 by up to a fifth; a table lookup (vpermps) instead of
+of a Zen 5 core; from memory, where rows lie apart, 17. A step of a 7B with BLOCK 12 takes 0.99 of one with 8
+or 16. Rejected: neurons divided among threads instead of columns 1.00; a table lookup (vpermps) instead of
 and + convert is faster by 5 %, but needs AVX-512.
 
 For many rows see `pyinfer.cpu.linear_t_many`.
@@ -45,7 +46,7 @@ from pyinfer.quants.panels import Layout
 ) = range(23)  # fmt: skip
 OPERANDS = 23
 
-BLOCK, LARGE_BLOCK = 8, 32  # neurons between two passes over the sums, for one row of x and for several
+BLOCK, LARGE_BLOCK = 12, 32  # neurons between two passes over the sums, for one row of x and for several
 TABLE_BYTES = 12 * LARGE_BLOCK + 8  # addresses, values, and their count
 
 
@@ -113,11 +114,11 @@ def _list(given, x, more, rows, listing):
 
 
 @inline
-def _point_block(given, tables, x, more, listing, block, end, n, rows):
+def _point_block(given, tables, inputs, listing, block, end, n, rows):
     """Tables for neurons [block, end): of every row of x the addresses and values of those that it has,
     behind the addresses of the neurons after them; returns how many those are.
     """
-    wanted, ahead = i32_at(listing), i64_at(tables)
+    (x, more), wanted, ahead = inputs, i32_at(listing), i64_at(tables)
     following = min(end - block, n - end)
     for i in range(following):
         ahead[i] = given[WEIGHT] + wanted[end + i] * given[STRIDE]
@@ -161,7 +162,7 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
         together_rows = BLOCK if rows == 1 else LARGE_BLOCK
         for block in range(0, n, together_rows):
             end = min(block + together_rows, n)
-            following = _point_block(given, tables, x, more, listing, block, end, n, rows)
+            following = _point_block(given, tables, (x, more), listing, block, end, n, rows)
             ahead = i64_at(tables)
             for span in range(first, last):
                 at_scale = scales + scale_bytes * span

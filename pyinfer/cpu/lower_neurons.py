@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyinfer.cpu import gather, linear_t_many, linear_t_one, rows
+from pyinfer.cpu import gather, linear_t_many, rows
 from pyinfer.cpu import linear as kernels
 from pyinfer.cpu import linear_at as kernels_at
-from pyinfer.cpu import linear_from as kernels_from
 from pyinfer.cpu import linear_t as kernels_t
 from pyinfer.cpu.gather import ABOVE, NOT_ZERO, REACHING
-from pyinfer.cpu.lower_linear import linear, linear_operands, prepare, quantized, residual_of
+from pyinfer.cpu.lower_linear import linear_operands, prepare, quantized, residual_of
 from pyinfer.cpu.scratch import Buffer
-from pyinfer.cpu.weights import PANELS, Matrix
+from pyinfer.cpu.weights import Matrix
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import DYNAMIC, STATIC
 from pyinfer.program.program import Op
-from pyinfer.quants import columns
 from pyinfer.quants.panels import PANEL_ROWS, U8, Layout, panels_of
 
 if TYPE_CHECKING:
@@ -122,25 +120,6 @@ def _all(lowering: Lowering, op: Op, matrix: Matrix, operands, source: Buffer, o
         lowering.free(out)
 
 
-def linear_from(lowering: Lowering, op: Op, position: int) -> int:
-    matrix = lowering.machine.weights.matrices[op.weight.name]
-    if matrix.order == PANELS:
-        return linear(lowering, op, position)
-    source = prepare(lowering, op.inputs[0], lowering.input(op))
-    lines = columns.lines_of(matrix.layout, matrix.rows)
-    out = lowering.new_rows(lines * columns.line_outputs(matrix.layout), shared=True)
-    lowering.buffers[op.output.index] = out
-    operands = np.zeros(kernels_from.OPERANDS, np.int64)
-    operands[: kernels.OPERANDS] = linear_operands(lowering, matrix, source, out)
-    operands[kernels.BIAS] = _bias(lowering, op, out.stride // 4)
-    operands[kernels_from.LINES] = lines
-    n_bytes = kernels_from.table_bytes(lowering.capacity[lowering.count])
-    operands[kernels_from.TABLE : kernels_from.OPERANDS] = lowering.thread_scratch((n_bytes + 63) // 64 * 64)
-    kernel = kernels_from.linear_from(matrix.layout, lowering.tile[lowering.count])
-    lowering.emit(kernel, operands, ("panels", lines), STATIC, [source], out)
-    return 1
-
-
 def linear_t(lowering: Lowering, op: Op, position: int) -> int:
     residual, taken = residual_of(lowering, [op], position)
     matrix = lowering.machine.weights.matrices[op.weight.name]
@@ -186,29 +165,17 @@ def _side_by_side(lowering: Lowering, inputs: list[Buffer], op: Op) -> Buffer:
 
 
 def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], out: Buffer) -> None:
-    """One row of x divides neurons among threads, several rows columns: a row's sums are many numbers."""
     spans = -(-matrix.columns // kernels_t.span_of(matrix.layout))
-    by_part = lowering.single and not matrix.layout.is_float
-    if by_part:
-        tables, copies = linear_t_one.TABLES_BYTES, linear_t_one.PARTS
-    else:
-        copies = lowering.capacity[lowering.count]
-        tables = kernels_t.tables_bytes(copies)
     parts = {
         kernels_t.LISTING: 4 * (panels_of(matrix.rows) + 1) * PANEL_ROWS,
-        kernels_t.TABLES: tables,
+        kernels_t.TABLES: kernels_t.tables_bytes(lowering.capacity[lowering.count]),
     }
+    n_bytes = kernels_t.sums_bytes(matrix.layout) * spans * lowering.capacity[lowering.count]
+    sums = lowering.new(n_bytes, 0, shared=True)
     operands[kernels_t.LISTING : kernels_t.LISTING + 2] = _scratch(lowering, operands, parts)
-    sums = lowering.new(kernels_t.sums_bytes(matrix.layout) * spans * copies, 0, shared=True)
     operands[kernels_t.SUMS] = sums.address
     operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
-    if by_part:
-        kernel = linear_t_one.linear_t_one(matrix.layout)
-        lowering.emit(kernel, operands, ("panels", copies), STATIC, reads, sums)
-        kernel, reads = linear_t_one.total(matrix.layout), [sums, *reads]
-    else:
-        kernel = kernels_t.linear_t(matrix.layout)
-    lowering.emit(kernel, operands, ("panels", spans), STATIC, reads, out)
+    lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
     lowering.free(sums)
 
 
@@ -263,12 +230,10 @@ def _slabs(
     lowering.free(sums)
 
 
-def _bias(lowering: Lowering, op: Op, width: int = 0) -> int:
-    """Its address; at least `width` numbers are there."""
+def _bias(lowering: Lowering, op: Op) -> int:
     if op.bias is None:
         return 0
     bias = lowering.machine.weights.vectors[op.bias.name]
-    bias = np.pad(bias, (0, max(0, width - len(bias))))
     lowering.keep.append(bias)
     return bias.ctypes.data
 

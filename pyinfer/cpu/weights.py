@@ -18,40 +18,32 @@ from pyinfer.gguf_file import GGUFFile, Tensor
 from pyinfer.jit.buffers import allocate
 from pyinfer.jit.team import Team
 from pyinfer.names import GGMLType
-from pyinfer.program.program import LINEARS, NEURON_MAJOR, Op, Program
-from pyinfer.quants import columns, neuron_rows, panels, quant
+from pyinfer.program.program import LINEARS, NEURON_MAJOR, Program
+from pyinfer.quants import neuron_rows, panels, quant
 from pyinfer.quants.panels import PANEL_ROWS, Layout, panels_of
 
 Progress = Callable[[int, int], None]
-PANELS, ROWS, COLUMNS = "panels", "rows", "columns"  # the order of a matrix in memory
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix in panels, row by row, or column by column; address and stride (of a panel, a row, or a
-    group of columns) in bytes.
-    """
+    """One matrix in panels, or row by row (`by_rows`); address and stride (of a panel or row) in bytes."""
 
     layout: Layout
     address: int
     rows: int
     columns: int
-    order: str = PANELS
+    by_rows: bool = False
 
     @property
     def stride(self) -> int:
-        if self.order == COLUMNS:
-            return columns.group_bytes(self.layout, self.rows)
-        sizes = neuron_rows.row_bytes if self.order == ROWS else Layout.panel_bytes
+        sizes = neuron_rows.row_bytes if self.by_rows else Layout.panel_bytes
         return sizes(self.layout, self.columns)
 
     @property
     def n_bytes(self) -> int:
         """Rounded up to whole cache lines."""
-        if self.order == COLUMNS:
-            count = self.columns // self.layout.group
-        else:
-            count = self.rows if self.order == ROWS else panels_of(self.rows)
+        count = self.rows if self.by_rows else panels_of(self.rows)
         return (count * self.stride + 63) // 64 * 64
 
     @property
@@ -68,9 +60,11 @@ class Weights:
         for op in program.ops:
             if op.name in (*LINEARS, "embed", "embed_position"):
                 _check(op.weight, file)
+        by_rows = {op.weight.name for op in program.ops if op.name in NEURON_MAJOR}
         tensors = program.weights()
-        orders = {op.weight.name: order_of(op) for op in program.ops if op.name in LINEARS}
-        shapes = [(quant(each.type).LAYOUT, each.rows, each.columns, orders[each.name]) for each in tensors]
+        shapes = [
+            (quant(each.type).LAYOUT, each.rows, each.columns, each.name in by_rows) for each in tensors
+        ]
         self.nbytes = sum(Matrix(layout, 0, *shape).n_bytes for layout, *shape in shapes)
         self._arena = allocate(self.nbytes)
         self.matrices: dict[str, Matrix] = {}
@@ -78,7 +72,7 @@ class Weights:
         address, done, total = self._arena.ctypes.data, 0, sum(tensor.nbytes for tensor in tensors)
         for tensor, (layout, *shape) in zip(tensors, shapes):
             matrix = Matrix(layout, address, *shape)
-            (_pack if matrix.order == PANELS else _unpack)(tensor, matrix, team)
+            (_unpack_rows if matrix.by_rows else _pack)(tensor, matrix, team)
             self.matrices[tensor.name] = matrix
             file.drop_pages(tensor)
             address, done = matrix.end, done + tensor.nbytes
@@ -88,13 +82,6 @@ class Weights:
             for tensor in (op.weight if op.name in ("rms_norm", "layer_norm") else None, op.bias):
                 if tensor is not None and tensor.name not in self.vectors:
                     self.vectors[tensor.name] = vector(tensor)
-
-
-def order_of(op: Op) -> str:
-    """Columns of floats would be as many bytes as panels are, or more."""
-    if op.name == "linear_from" and not quant(op.weight.type).LAYOUT.is_float:
-        return COLUMNS
-    return ROWS if op.name in NEURON_MAJOR else PANELS
 
 
 def _check(tensor: Tensor, file: GGUFFile) -> None:
@@ -122,8 +109,7 @@ def _pack(tensor: Tensor, matrix: Matrix, team: Team) -> None:
     team.run(program, np.zeros(1, np.int64))
 
 
-def _unpack(tensor: Tensor, matrix: Matrix, team: Team) -> None:
-    """Row by row or column by column, through panels."""
+def _unpack_rows(tensor: Tensor, matrix: Matrix, team: Team) -> None:
     data = tensor.data
     operands = _operands(tensor, data, matrix, neuron_rows.OPERANDS)
     each = neuron_rows.scratch_bytes(matrix.layout, tensor.columns)
@@ -132,11 +118,8 @@ def _unpack(tensor: Tensor, matrix: Matrix, team: Team) -> None:
     operands[neuron_rows.SOURCE_ROW_BYTES] = tensor.nbytes // tensor.rows
     operands[neuron_rows.ROW_STRIDE] = matrix.stride
     operands[neuron_rows.SCRATCH], operands[neuron_rows.SCRATCH_BYTES] = scratch.ctypes.data, each
-    kernel, items = neuron_rows.rows_from_blocks(matrix.layout), panels_of(tensor.rows)
-    if matrix.order == COLUMNS:
-        kernel = columns.columns_from_blocks(matrix.layout)
-        items = columns.lines_of(matrix.layout, tensor.rows)
-    team.run(single_instruction(kernel, operands, items), np.zeros(1, np.int64))
+    kernel = neuron_rows.rows_from_blocks(matrix.layout)
+    team.run(single_instruction(kernel, operands, panels_of(tensor.rows)), np.zeros(1, np.int64))
 
 
 def vector(tensor: Tensor) -> np.ndarray:

@@ -10,7 +10,6 @@ from numba.extending import intrinsic
 
 from pyinfer.jit.levels import level
 from pyinfer.jit.llvm import (
-    I8,
     I16,
     I32,
     I64,
@@ -217,18 +216,6 @@ def nonzero_bits(typingctx, address):
 
 
 @intrinsic
-def nonzero_bytes(typingctx, address):
-    """Bit k tells whether the byte at address + k is not 0, for 32 of them."""
-
-    def generate(builder, address_):
-        x = load(builder, address_, ir.VectorType(I8, 32))
-        found = builder.icmp_unsigned("!=", x, constant(x.type, 0))
-        return builder.zext(builder.bitcast(found, I32), ir.IntType(64))
-
-    return word(types.int64, generate, types.int64)
-
-
-@intrinsic
 def above_bits(typingctx, address, least):
     """Bit k tells whether the float32 at address + 4 k is larger than `least`; also for NaN."""
 
@@ -274,14 +261,3 @@ def list_bits(typingctx, bits, first, target):
         return count
 
     return word(types.int64, generate, types.int32, types.int64, types.int64)
-
-
-@intrinsic
-def lowest_bit(typingctx, bits):
-    """Index of the lowest bit that is set; bits (int32 or int64) is not 0."""
-
-    def generate(builder, bits_):
-        name = f"llvm.cttz.i{bits.bitwidth}"
-        return call(builder, name, bits_.type, bits_, ir.Constant(ir.IntType(1), 1))
-
-    return word(bits, generate, bits)

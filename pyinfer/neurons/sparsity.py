@@ -11,7 +11,8 @@ import numpy as np
 from pyinfer import names
 from pyinfer.errors import FormatError, InputError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile
-from pyinfer.neurons.placement import ON_CPU, Placement, often
+from pyinfer.neurons.budget import model_bytes
+from pyinfer.neurons.placement import Placement, fit, often
 from pyinfer.neurons.predictor import RAW, RELU, Predictors, predictor_ranks
 from pyinfer.neurons.profile import Profile
 from pyinfer.program.program import Program
@@ -206,9 +207,16 @@ class _Facts:
     def hot(self) -> np.ndarray:
         """bool [L, F]: neurons that are computed always, as a prediction would cost more than it saves."""
         placement = self.entry("placement", Placement.from_entry)
-        if placement is not None and placement.processor == ON_CPU:
-            return placement.hot
         profile = self.entry("profile", Profile.from_entry)
-        if profile is None or profile.histogram is not None:
+        if profile is not None and profile.histogram is not None:
+            profile = None  # of an activation that is never 0
+        counts, tokens = (None, 0) if profile is None else (profile.counts, profile.tokens)
+        if placement is not None:
+            no_gpu = 0  # bytes: these executors run on the processor
+            sizes = model_bytes(self.file, max(1, placement.n_ctx))
+            placement, notice = fit(placement, sizes, no_gpu, counts, tokens)
+            self.notices += [f"{self.file.path.name}: {notice}"] if notice else []
+            return placement.hot
+        if counts is None:
             return np.zeros((self.n_layers, self.n_neurons), bool)
-        return often(profile.counts, profile.tokens)
+        return often(counts, tokens)

@@ -19,7 +19,7 @@ from pyinfer.program.sparsity import DENSE, PREDICTED, FFNPlan, LayerPlan
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
 # Operations that add the bias of their weight.
-BIASED = ("linear", "linear_t", "linear_at", "linear_from", "layer_norm")
+BIASED = ("linear", "linear_t", "linear_at", "layer_norm")
 BY_NEURON = (names.FFN_GATE, names.FFN_UP, names.FFN_DOWN_T, names.FC2)  # a row is a neuron's
 HOT, COLD = "hot", "cold"
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
@@ -131,8 +131,8 @@ class Builder:
         self._vector(weight.tensor, x.width // heads, "one number per element")
         return self._emit("rms_norm", (x,), x.width, weight, epsilon=epsilon, heads=heads)
 
-    def linear(self, x: Value, weight: Weight, width: int, name: str = "linear") -> Value:
-        """`width` is the number of outputs that the family expects; name: or linear_from."""
+    def linear(self, x: Value, weight: Weight, width: int) -> Value:
+        """`width` is the number of outputs that the family expects."""
         self._check(weight.tensor, (x.width, width), "inputs, outputs")
         if x.width > MOST_COLUMNS:
             raise UnsupportedError(
@@ -140,7 +140,7 @@ class Builder:
                 f"at most {MOST_COLUMNS} are supported"
             )
         self._vector(weight.bias, width, "one bias per output")
-        return self._emit(name, (x,), width, weight)
+        return self._emit("linear", (x,), width, weight)
 
     def linear_t(self, x: Value, weight: Weight, width: int, before: Value | None = None) -> Value:
         """As `linear`, for a weight that is kept neuron by neuron: a row of `width` columns for every element
@@ -334,10 +334,10 @@ class Builder:
         source = raw if plan.input == "raw" else x
         if source is None:
             raise UnsupportedError(f"{self._file.path}: predictors of this family read the normed input")
-        small, width = self.linear(source, layer.fc1, layer.fc1.tensor.rows), layer.fc2.tensor.rows
-        if plan.form == "relu":  # which leaves about half at zero
-            return self.linear(self.activate("relu", small), layer.fc2, width, name="linear_from")
-        return self.linear(small, layer.fc2, width)
+        small = self.linear(source, layer.fc1, layer.fc1.tensor.rows)
+        if plan.form == "relu":
+            small = self.activate("relu", small)
+        return self.linear(small, layer.fc2, layer.fc2.tensor.rows)
 
     def _times_up(self, x: Value, active: Value, layer: Weights, activation: str) -> Value:
         """active * (up x), of dReLU its second half, too, for neurons that are active."""

@@ -12,7 +12,7 @@ from typing import Any
 from pyinfer.gguf_file import Tensor
 from pyinfer.program.sparsity import STATS
 
-LINEARS = ("linear", "linear_t", "linear_at", "linear_from")
+LINEARS = ("linear", "linear_t", "linear_at")
 NEURON_MAJOR = ("linear_t", "linear_at")  # read rows of their weight one by one
 
 
@@ -39,7 +39,6 @@ class Op:
       linear(x; weight)                 weight @ x + bias (if the weight has one)
       linear_t(x, ..; weight)           x @ weight (plus bias), for a weight that is kept row by row; x may
                                         be two values, one behind the other
-      linear_from(x; weight)            as linear, where many elements of x are 0: only columns of the others
       linear_at(x, m; weight) times thresholds
                                         weight @ x + bias where m is not 0 (or reaches its threshold), else 0;
                                         times m. A guess (with thresholds) may be ignored where all is cheaper

@@ -123,9 +123,6 @@ class Reference:
     def _linear_rows(self, op: Op, rows, x) -> np.ndarray:
         return self._linear(op, rows, x)
 
-    def _linear_from(self, op: Op, rows, x) -> np.ndarray:
-        return self._linear(op, rows, x)
-
     def _keep(self, op: Op, rows, x) -> np.ndarray:
         return np.where(np.abs(x) < op.params["least"], 0, x)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from block_samples import float_tensor, random_tensor
-from golden_files import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_programs import Both, Ops
@@ -15,8 +14,6 @@ from tolerance import ACTIVATIONS, FLOATS, LINEAR, linear_rounded
 from pyinfer import quants
 from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.jit.team import Team
-from pyinfer.names import GGMLType
-from pyinfer.quants import columns
 
 BOUND = 1e-10  # float32 sums of codes, of which the zero point is taken off at the end
 NEURONS = 96
@@ -46,27 +43,6 @@ def test_linear_t_of_every_type(kind, share, team):  # noqa: F811
     check(ops.finish(ops.emit("add", (r, y), width)), team, max(LINEAR[kind], BOUND), random, many)
 
 
-@pytest.mark.parametrize("kind", quants.names())
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_linear_from_is_linear_to_the_bit(kind, share, team):  # noqa: F811
-    """For any number of zeros in x, and outputs that do not fill a line of columns."""
-    random, width = np.random.default_rng(23), width_of(kind)
-    values = masks(random, share, width)
-    for outputs in (NEURONS, 136):
-        bias = float_tensor("b", random.standard_normal(outputs))
-        weight, both = random_tensor("w", kind, outputs, width, random), {}
-        for name in ("linear", "linear_from"):
-            ops = Ops()
-            y = ops.emit(name, (ops.rows("x", values),), outputs, weight, bias)
-            both[name] = Both(ops.finish(y), team)
-        for n in (*FEW, 33):
-            rows = random.integers(0, TABLE_ROWS, n)
-            (expected, exact), (found, _) = (both[name].step(rows) for name in ("linear", "linear_from"))
-            np.testing.assert_array_equal(found, expected, f"{n} rows")
-            error = ((found - exact) ** 2).mean()
-            assert error <= max(linear_rounded(kind), BOUND) * (exact**2).mean(), f"{n} rows"
-
-
 @pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
 def test_linear_t_of_several_slabs(kind, team):  # noqa: F811
     """More neurons than are turned into panels at once, and a last slab that is no whole chunk."""
@@ -85,24 +61,6 @@ def test_linear_t_of_two_inputs(kind, first, team):  # noqa: F811
     y = ops.emit("linear_t", (x, more), width, random_tensor("w", kind, NEURONS, width, random))
     many = None if kind in FLOATS else 2 * ACTIVATIONS
     check(ops.finish(y), team, max(LINEAR[kind], BOUND), random, many)
-
-
-@pytest.mark.parametrize("kind", quants.names())
-def test_columns_hold_the_numbers_of_the_file(kind, team):  # noqa: F811
-    """Unpacked, against the definition of the layout; outputs that do not fill a line."""
-    layout = quants.quant(GGMLType[kind.upper()]).LAYOUT
-    if layout.is_float:
-        return  # which stay in panels
-    random, width = np.random.default_rng(28), width_of(kind)
-    ops, weight = Ops(), random_tensor("w", kind, 136, width, random)
-    ops.emit("linear_from", (ops.rows("x", masks(random, 0.5, width)),), 136, weight)
-    weights = Both(ops.finish(ops.ops[-1].output), team)._weights
-    matrix = weights.matrices["w"]
-    start = matrix.address - weights._arena.ctypes.data
-    found = columns.values(layout, weights._arena[start : start + matrix.n_bytes], 136, width)
-    expected = dequantize(weight).reshape(136, width)
-    # Of K-quants a scale is a product, rounded to a half.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2**-10 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kind", quants.names())

@@ -16,6 +16,8 @@ from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.errors import InputError
 from pyinfer.gguf_file import open_gguf
 from pyinfer.models import build_program
+from pyinfer.neurons.budget import model_bytes
+from pyinfer.neurons.placement import place
 from pyinfer.neurons.predictor import PredictorQuality, Predictors
 from pyinfer.neurons.profile import Profile
 from pyinfer.neurons.sparsity import parse_sparsity
@@ -221,6 +223,29 @@ def test_a_profile_makes_neurons_hot(ours):
     with load_model(ours, sparsity="predicted") as model:
         hot = [int(np.isneginf(each.thresholds).sum()) for each in model.plan.layers]
     assert hot == [32] * layers
+
+
+@pytest.mark.parametrize("with_profile", [True, False])
+def test_a_placement_for_a_gpu_is_replaced_at_load(ours, with_profile):
+    """With one sentence, by what the profile says, as there is no GPU."""
+    layers, neurons = _shape(ours)
+    _with_predictors(ours, np.full((layers, neurons), 1e30))
+    counts = np.zeros((layers, neurons), np.int64)
+    counts[:, 5:40], counts[:, 40:] = 60, 20
+    with open_gguf(ours) as file:
+        sizes = model_bytes(file, 64)
+    budget = sum(sum(part.values()) for _, part in sizes.parts()) + 70 * max(sizes.neuron)
+    placed, _ = place(counts, sizes, budget, None, "greedy")
+    assert placed.processor == "gpu" and placed.hot.any()
+    entries = {"placement": placed.to_entry()}
+    if with_profile:
+        entries["profile"] = Profile(counts, 100, [], None, "relu").to_entry()
+    update_section(ours, **entries)
+    with load_model(ours, sparsity="predicted") as model:
+        hot = [int(np.isneginf(each.thresholds).sum()) for each in model.plan.layers]
+        (notice,) = model.notices
+    assert "of GPU memory, there is none" in notice and "ours.gguf" in notice
+    assert hot == [32 if with_profile else 0] * layers
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_7b", "relu_llama"])

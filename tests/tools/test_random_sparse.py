@@ -69,14 +69,19 @@ def test_neurons_fire_rarely_and_unevenly(written, matrices, x):
 
 
 def test_predictors_find_what_fires(written, matrices, x):
-    """In the file's own order of neurons, for all tokens of the vocabulary."""
-    _, _, quality = written
+    """In the file's own order of neurons, for all tokens of the vocabulary; hot ones are always computed."""
+    _, path, quality = written
+    with open_gguf(path) as file:
+        entry = read_section(file).entries["predictors"]
+    thresholds = Predictors.from_entry(entry, N_LAYERS, N_NEURONS).thresholds
     for layer in range(N_LAYERS):
         fc1, fc2, gate = (matrices[f"blk.{layer}.{part}.weight"] for part in ("fc1", "fc2", "ffn_gate"))
-        predicted, fired = np.maximum(x @ fc1.T, 0) @ fc2.T >= quality.threshold, x @ gate.T > 0
+        predicted, fired = np.maximum(x @ fc1.T, 0) @ fc2.T >= thresholds[layer], x @ gate.T > 0
         assert (predicted & fired).sum() / fired.sum() == pytest.approx(0.99, abs=0.004)
         assert (predicted & fired).sum() / predicted.sum() == pytest.approx(quality.precision, abs=0.02)
         assert predicted.mean() < 1.3 * fired.mean()
+        hot = np.isneginf(thresholds[layer])
+        assert fired[:, hot].mean(0).min() > 0.4 and fired[:, ~hot].mean(0).max() < 0.6
 
 
 def test_layers_differ(matrices):
@@ -100,7 +105,9 @@ def test_the_section_says_how_good_predictors_are(written):
         assert file.metadata["powerinfer.sparse_threshold"] == np.float32(quality.threshold)
     found = Predictors.from_entry(section.entries["predictors"], N_LAYERS, N_NEURONS)
     assert found.layers == (quality,) * N_LAYERS and quality.rank == shape.rank
-    assert (found.thresholds == np.float32(quality.threshold)).all()
+    hot = np.isneginf(found.thresholds)
+    assert (found.thresholds[~hot] == np.float32(quality.threshold)).all()
+    assert hot.mean(1) == pytest.approx([0.06] * N_LAYERS, abs=0.02)
 
 
 def test_exact_equals_dense_and_predicted_is_close(written):
