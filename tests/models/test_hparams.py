@@ -207,7 +207,7 @@ def test_the_tensors_of_the_file_bound_the_work(spoil):
 @pytest.mark.parametrize("factors", [[0.0] * 8, [-1.0] * 8, [float("nan")] * 8, [1.0] * 7])
 def test_rope_factors(spoil, factors):
     data = np.array(factors, np.float32)
-    made = {"rope_freqs.weight": lambda old: replace(old, shape=(len(factors),), data=data.view(np.uint8))}
+    made = {"rope_freqs.weight": lambda old: replace(old, shape=(len(factors),), mapped=data.view(np.uint8))}
     refused(spoil(tensors=made, name="llama_rope_llama3"), FormatError, "rope_freqs.weight")
 
 
