@@ -44,9 +44,9 @@ class Tensor:
     @property
     def data(self) -> np.ndarray:
         """uint8 [nbytes]: the mapped file, or for a part a copy, made each time."""
-        if self.index is None:
+        if self.index is None or self.whole is None:
             return self.mapped
-        return self.mapped.reshape(-1, self.nbytes // len(self.index))[self.index].reshape(-1)
+        return self.mapped.reshape(self.whole._last, -1)[self.index].reshape(-1)
 
     @property
     def columns(self) -> int:
@@ -60,11 +60,19 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         n_bytes = self.mapped.size
-        return n_bytes if self.whole is None else n_bytes // self.whole.shape[-1] * self.shape[-1]
+        return n_bytes if self.whole is None else n_bytes // self.whole._last * self.shape[-1]
+
+    @property
+    def _last(self) -> int:
+        """The last dimension above 1: rows of a matrix, elements of a vector."""
+        return next((size for size in reversed(self.shape) if size != 1), 1)
 
     def part(self, label: str, index: np.ndarray) -> Tensor:
         """These rows (or these elements of a vector) as a tensor, which has no bytes of its own."""
-        shape = (*self.shape[:-1], len(index))
+        shape = self.shape
+        while len(shape) > 1 and shape[-1] == 1:
+            shape = shape[:-1]
+        shape = (*shape[:-1], len(index))
         return Tensor(f"{self.name}[{label}]", shape, self.type, self.mapped, self, index)
 
 

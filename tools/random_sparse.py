@@ -9,8 +9,7 @@ what the table below (`shares`) says, and plain ReLU is enough. The predictor is
 fc1 = [A; -A] and fc2 = [B, -B], fc2 . relu(fc1 . x) is B A x but for the rounding of all three. Layers share
 these numbers; each begins at another neuron. Its threshold is chosen, and its quality measured, on tokens of
 the made vocabulary; neurons that fire for half of the tokens are computed always. Attention and feed-forward
-layers add little to the residual, so that shares are the same
-in every layer, before the norm and behind it.
+layers add little to the residual, so that shares are the same in every layer, before the norm and behind it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ def linear_t(lowering: Lowering, op: Op, position: int) -> int:
     residual, taken = residual_of(lowering, [op], position)
     matrix = lowering.machine.weights.matrices[op.weight.name]
     inputs = [lowering.input(op, n) for n in range(len(op.inputs))]
-    if matrix.layout.is_float and len(inputs) > 1:
+    joined = matrix.layout.is_float and len(inputs) > 1
+    if joined:
         inputs = [_side_by_side(lowering, inputs, op)]
     out = lowering.new_rows(op.output.width, shared=True)
     lowering.buffers[op.output.index] = out
@@ -137,8 +138,8 @@ def linear_t(lowering: Lowering, op: Op, position: int) -> int:
     if len(inputs) > 1:
         operands[kernels_t.FEATURES] = op.inputs[0].width
         operands[kernels_t.MORE_FEATURES] = op.inputs[1].width
-    others = []
     operands[kernels_t.OUT], operands[kernels_t.OUT_STRIDE] = out.address, out.stride
+    others = []
     if residual is not None:
         buffer = lowering.buffers[residual.index]
         operands[kernels_t.RESIDUAL : kernels_t.RESIDUAL + 3] = buffer.address, buffer.stride, buffer.private
@@ -151,6 +152,8 @@ def linear_t(lowering: Lowering, op: Op, position: int) -> int:
     else:
         widths = [value.width for value in op.inputs]
         _slabs(lowering, matrix, operands, list(zip(inputs, widths)), others, out)
+    if joined:
+        lowering.free(inputs[0])
     return taken
 
 
@@ -174,7 +177,8 @@ def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer],
     sums = lowering.new(n_bytes, 0, shared=True)
     operands[kernels_t.LISTING : kernels_t.LISTING + 2] = _scratch(lowering, operands, parts)
     operands[kernels_t.SUMS] = sums.address
-    operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
+    if not matrix.layout.is_float:
+        operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
     lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
     lowering.free(sums)
 

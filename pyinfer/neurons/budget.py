@@ -33,6 +33,7 @@ SCRATCH_ROWS = 512  # tokens of a prompt that are computed at once
 
 _IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _NEURON = (names.FFN_GATE, names.FFN_UP, names.FFN_DOWN, names.FFN_DOWN_T)
+MOST_CONTEXT = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def model_bytes(file: GGUFFile, n_ctx: int, n_rows: int = SCRATCH_ROWS) -> Model
 
     raises InputError for a context that is no positive number, and as `build_program` does
     """
-    if not 1 <= n_ctx <= 1 << 31:
-        raise InputError(f"the context is {n_ctx} tokens, expected 1 to {1 << 31}")
+    if not 1 <= n_ctx <= MOST_CONTEXT:
+        raise InputError(f"the context is {n_ctx} tokens, expected 1 to {MOST_CONTEXT}")
     hp, program = build_program(file)
     n_layers, n_neurons = hp.block_count, hp.feed_forward_length
     in_layers = {"neuron": [0] * n_layers, "attention": [0] * n_layers, "predictor": [0] * n_layers}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pyinfer.errors import FormatError, InputError
-from pyinfer.neurons.budget import ATTENTION, NEURONS, OUTPUT, PREDICTORS, PURPOSES, ModelBytes
+from pyinfer.neurons.budget import ATTENTION, MOST_CONTEXT, NEURONS, OUTPUT, PREDICTORS, PURPOSES, ModelBytes
 from pyinfer.neurons.hardware import Hardware, hardware_from_dict
 from pyinfer.neurons.solver import GROUP, Problem, solve
 from pyinfer.progress import format_amount
@@ -102,6 +102,8 @@ class Placement:
             raise FormatError("placement: bits behind the last neuron are set")
         hardware = info.get("hardware")
         numbers = {name: _count(info, name) for name in _NUMBERS}
+        if numbers["n_ctx"] > MOST_CONTEXT:
+            raise FormatError(f"placement: n_ctx is {numbers['n_ctx']}, expected up to {MOST_CONTEXT}")
         most = min(numbers["bound"], numbers["total"])
         if max(numbers["objective"], numbers["greedy_objective"]) > most:
             raise FormatError("placement: an objective is above its bound or above all counts")

@@ -12,7 +12,7 @@ from pyinfer import names
 from pyinfer.errors import FormatError, InputError, UnsupportedError
 from pyinfer.gguf_file import GGUFFile
 from pyinfer.neurons.budget import model_bytes
-from pyinfer.neurons.placement import Placement, fit, often
+from pyinfer.neurons.placement import ON_CPU, Placement, fit, often
 from pyinfer.neurons.predictor import RAW, RELU, Predictors, predictor_ranks
 from pyinfer.neurons.profile import Profile
 from pyinfer.program.program import Program
@@ -211,6 +211,8 @@ class _Facts:
         if profile is not None and profile.histogram is not None:
             profile = None  # of an activation that is never 0
         counts, tokens = (None, 0) if profile is None else (profile.counts, profile.tokens)
+        if placement is not None and placement.processor == ON_CPU:
+            return placement.hot
         if placement is not None:
             no_gpu = 0  # bytes: these executors run on the processor
             sizes = model_bytes(self.file, max(1, placement.n_ctx))

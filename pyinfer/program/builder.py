@@ -18,8 +18,7 @@ from pyinfer.program.rope import Rope
 from pyinfer.program.sparsity import DENSE, PREDICTED, FFNPlan, LayerPlan
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "fatrelu", "drelu")
-# Operations that add the bias of their weight.
-BIASED = ("linear", "linear_t", "linear_at", "layer_norm")
+BIASED = ("linear", "linear_t", "linear_at", "layer_norm")  # operations that add the bias of their weight
 BY_NEURON = (names.FFN_GATE, names.FFN_UP, names.FFN_DOWN_T, names.FC2)  # a row is a neuron's
 HOT, COLD = "hot", "cold"
 MOST_COLUMNS = 1 << 24  # a row of activations stays below 64 MiB
@@ -41,7 +40,7 @@ class Weight:
         """These rows, and their part of the bias."""
         found = copy(self)
         found.tensor = self.tensor.part(label, index)
-        found.bias = self.bias.part(label, index) if self.bias and len(self.bias.shape) == 1 else None
+        found.bias = self.bias.part(label, index) if self.bias else None
         return found
 
 
@@ -149,10 +148,11 @@ class Builder:
         inputs = (before, x) if before else (x,)
         self._check(weight.tensor, (width, sum(value.width for value in inputs)), "outputs, inputs")
         self._vector(weight.bias, width, "one bias per output")
-        if x.width % 32:
-            raise UnsupportedError(
-                f"{self._file.path}: {weight.tensor.name} has {x.width} rows, not a multiple of 32"
-            )
+        for value in inputs:
+            if value.width % 32:
+                raise UnsupportedError(
+                    f"{self._file.path}: {weight.tensor.name} has {value.width} rows, not a multiple of 32"
+                )
         return self._emit("linear_t", inputs, width, weight)
 
     def linear_at(
@@ -289,7 +289,13 @@ class Builder:
         so that it is one linear.
         """
         assert plan.thresholds is not None, "a plan with hot neurons has thresholds"
-        cold = np.setdiff1d(np.arange(len(plan.thresholds)), plan.hot)
+        neurons = len(plan.thresholds)
+        for name in BY_NEURON:  # before they are cut: a part has the right shape in any case
+            if layer.has(name):
+                weight = getattr(layer, name)
+                self._check(weight.tensor, (weight.tensor.columns, neurons), "columns, neurons")
+                self._vector(weight.bias if name != names.FFN_DOWN_T else None, neurons, "one per neuron")
+        cold = np.setdiff1d(np.arange(neurons), plan.hot)
         hot, rest = layer.part(HOT, plan.hot), layer.part(COLD, cold)
         gated = layer.has(names.FFN_GATE)
         first = self.linear(x, hot.ffn_gate if gated else hot.ffn_up, len(plan.hot))

@@ -14,7 +14,8 @@ OBSERVED = ("fired", "histogram", "rows", "stats")
 # What "stats" counts, in steps of few rows only: neurons whose gate was computed, those that fired, and those
 # that would have fired without a predictor; beside those, the hot ones that fired.
 STATS = ("computed", "used", "truth", "hot")
-LEAST_HOT, HOT_STEP = 256, 32  # neurons; fewer are as well among the others
+LEAST_HOT = 256  # neurons; fewer are as well among the others
+HOT_STEP = 32  # prompts quantize what goes into down by so many neurons
 HISTOGRAM_BINS = 4096
 HISTOGRAM_SHIFT = 19  # a bin is the upper 12 bits below the sign of |act(gate)|: 16 bins per octave
 

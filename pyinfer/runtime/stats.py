@@ -63,10 +63,13 @@ def _of_layer(session: Session, layer: int, tokens: int) -> LayerStats:
     sizes = {name: _bytes(model, layer, name) for name in names.FFN_WEIGHTS}
     gated = sizes[names.FFN_GATE] > 0
     first = sizes[names.FFN_GATE] if gated else sizes[names.FFN_UP]
-    rest = sizes[names.FFN_DOWN_T] + (sizes[names.FFN_UP] if gated else 0)
-    predictor = sizes[names.FC1] + sizes[names.FC2] if plan.mode == PREDICTED else 0
-    whole = first + rest + sizes[names.FFN_DOWN]
-    read = computed * first + fired * rest + sizes[names.FFN_DOWN] + predictor
+    up = sizes[names.FFN_UP] if gated else 0
+    predictor = 0.0
+    if plan.mode == PREDICTED:  # which has no rows for neurons that are computed apart
+        predictor = sizes[names.FC1] + sizes[names.FC2] * len(used) / (len(used) + n_always)
+    whole = first + up + sizes[names.FFN_DOWN_T] + sizes[names.FFN_DOWN]
+    read = computed * first + fired * sizes[names.FFN_DOWN_T] + sizes[names.FFN_DOWN] + predictor
+    read += (used.sum() + n_always * tokens) / neurons * up  # of those computed apart up is read, too
     return LayerStats(layer, plan.mode, float(fired), float(computed), recall, hot, float(1 - read / whole))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from golden_files import dequantize
@@ -16,14 +14,11 @@ from pyinfer.cpu.lowering import MOST_BY_ROWS
 from pyinfer.errors import InputError
 from pyinfer.gguf_file import open_gguf
 from pyinfer.models import build_program
-from pyinfer.neurons.budget import model_bytes
-from pyinfer.neurons.placement import place
 from pyinfer.neurons.predictor import PredictorQuality, Predictors
 from pyinfer.neurons.profile import Profile
 from pyinfer.neurons.sparsity import parse_sparsity
 from pyinfer.program import sparsity as sparsity_module
 from pyinfer.program.reference import Reference
-from pyinfer.program.sparsity import LayerPlan
 from pyinfer.runtime.loader import load_model
 from pyinfer.runtime.session import Session
 from pyinfer.runtime.stats import layer_stats
@@ -175,43 +170,6 @@ def test_hot_neurons_need_no_prediction(ours, share):
         assert apart(found, expected_logits(ours, "predicted")) < BOUND
 
 
-def _hot_file(path, name: str, quant: str, source: str, share: float = 0.4):
-    """A file whose predictors have a threshold for some neurons and none for the others, all at random."""
-    sparse_gguf(path, name, quant, random_predictors(name))
-    random = np.random.default_rng(9)
-    thresholds = random.standard_normal(_shape(path)).astype(np.float32)
-    thresholds[random.random(thresholds.shape) < share] = -np.inf
-    return _with_predictors(path, thresholds, "relu", source)
-
-
-@pytest.mark.parametrize("name", ZEROING)
-@pytest.mark.parametrize("quant", ["f32", "q4_0", "q5_1"])
-def test_hot_neurons_apart(name, quant, tmp_path, monkeypatch):
-    """As a dense layer of their own they change the order of sums, and nothing else."""
-    source = "raw" if name == "falcon_40b_relu" else "norm"
-    path = _hot_file(tmp_path / "hot.gguf", name, quant, source)
-    together, dense = logits(path, "predicted"), logits(path, "dense")
-    monkeypatch.setattr(sparsity_module, "LEAST_HOT", 32)
-    with load_model(path, sparsity="predicted") as model:
-        assert all(len(plan.hot) >= 32 for plan in model.plan.layers)
-        assert ".ffn_gate.weight[hot]" in str(model.program) or ".ffn_up.weight[hot]" in str(model.program)
-    found = logits(path, "predicted")
-    np.testing.assert_array_equal(found, logits(path, "predicted", threads=3))
-    # A last digit decides about a neuron whose score is at its threshold, and how activations are rounded.
-    assert apart(found, together) < 0.1 * apart(found, dense)
-    if quant == "f32":
-        assert apart(found, expected_logits(path, "predicted")) < 10 * BOUND
-
-
-def test_all_hot_or_few_hot_stay_together():
-    for n_hot, expected in ((0, 0), (255, 0), (256, 256), (300, 288), (511, 480), (512, 0)):
-        thresholds = np.zeros(512, np.float32)
-        thresholds[512 - n_hot :] = -np.inf
-        plan = LayerPlan("predicted", thresholds=thresholds, apart=True)
-        assert len(plan.hot) == expected
-        assert not len(replace(plan, apart=False).hot)
-
-
 def test_a_profile_makes_neurons_hot(ours):
     """Those that fire for at least half of the tokens, in whole panels of 16."""
     layers, neurons = _shape(ours)
@@ -223,29 +181,6 @@ def test_a_profile_makes_neurons_hot(ours):
     with load_model(ours, sparsity="predicted") as model:
         hot = [int(np.isneginf(each.thresholds).sum()) for each in model.plan.layers]
     assert hot == [32] * layers
-
-
-@pytest.mark.parametrize("with_profile", [True, False])
-def test_a_placement_for_a_gpu_is_replaced_at_load(ours, with_profile):
-    """With one sentence, by what the profile says, as there is no GPU."""
-    layers, neurons = _shape(ours)
-    _with_predictors(ours, np.full((layers, neurons), 1e30))
-    counts = np.zeros((layers, neurons), np.int64)
-    counts[:, 5:40], counts[:, 40:] = 60, 20
-    with open_gguf(ours) as file:
-        sizes = model_bytes(file, 64)
-    budget = sum(sum(part.values()) for _, part in sizes.parts()) + 70 * max(sizes.neuron)
-    placed, _ = place(counts, sizes, budget, None, "greedy")
-    assert placed.processor == "gpu" and placed.hot.any()
-    entries = {"placement": placed.to_entry()}
-    if with_profile:
-        entries["profile"] = Profile(counts, 100, [], None, "relu").to_entry()
-    update_section(ours, **entries)
-    with load_model(ours, sparsity="predicted") as model:
-        hot = [int(np.isneginf(each.thresholds).sum()) for each in model.plan.layers]
-        (notice,) = model.notices
-    assert "of GPU memory, there is none" in notice and "ours.gguf" in notice
-    assert hot == [32 if with_profile else 0] * layers
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_7b", "relu_llama"])
