@@ -37,14 +37,13 @@ from pyinfer.quants.neuron_rows import FLOAT_BLOCK
 from pyinfer.quants.panels import Layout
 
 # Operands, int64. FEATURES: elements of x, MORE: the rest of x in another buffer, WIDTH: columns, LISTING: a
-# thread's list of neurons, TABLES: bytes from there to its tables, SUMS: where sums of [row][span] lie,
-# ORDERED: where each thread sorts the columns of a span.
+# thread's list of neurons, TABLES: bytes from there to its tables, SUMS: where sums of [row][span] lie.
 (
     WEIGHT, STRIDE, FEATURES, WIDTH, COUNT, X, X_STRIDE, X_PRIVATE, OUT, OUT_STRIDE, RESIDUAL,
     RESIDUAL_STRIDE, RESIDUAL_PRIVATE, BIAS, LISTING, LISTING_BYTES, TABLES, SUMS, MORE, MORE_STRIDE,
-    MORE_PRIVATE, MORE_FEATURES, ORDERED,
-) = range(23)  # fmt: skip
-OPERANDS = 23
+    MORE_PRIVATE, MORE_FEATURES,
+) = range(22)  # fmt: skip
+OPERANDS = 22
 
 BLOCK, LARGE_BLOCK = 12, 32  # neurons between two passes over the sums, for one row of x and for several
 TABLE_BYTES = 12 * LARGE_BLOCK + 8  # addresses, values, and their count
@@ -74,8 +73,8 @@ def linear_t(layout: Layout) -> Kernel:
 
 
 @inline
-def finish_span(given, t, thread, span, total):
-    """Sums of a span by position, plus residual and bias -> y."""
+def finish_span(given, t, thread, span, total, sums):
+    """Sums of a span by position, plus residual and bias -> y. `sums`: where they lay, which is free now."""
     out_bytes = 64 * tile_tokens(total)
     at, here = span * out_bytes, given[OUT] + t * given[OUT_STRIDE]
     residual = given[RESIDUAL] + t * given[RESIDUAL_STRIDE] + thread * given[RESIDUAL_PRIVATE]
@@ -87,10 +86,9 @@ def finish_span(given, t, thread, span, total):
             total = tile_add_memory(total, given[BIAS] + at, 64)
         tile_store(total, here + at, 64)
     else:
-        ordered = given[ORDERED] + thread * out_bytes
-        tile_store(total, ordered, 64)
+        tile_store(total, sums, 64)
         for part in range(at, 4 * given[WIDTH], 64):
-            value = load_f32x16(ordered + part - at)
+            value = load_f32x16(sums + part - at)
             if given[RESIDUAL] != 0:
                 value = add_f32x16(value, load_f32x16(residual + part))
             if given[BIAS] != 0:
@@ -187,8 +185,9 @@ def _quantized_kernel(bits: int, group: int, has_minimum: int) -> Kernel:
                     tile_store(total, sums, 64)
         for t in range(rows):
             for span in range(first, last):
-                total = tile_load(tokens, given[SUMS] + (t * spans + span) * size, 64)
-                finish_span(given, t, thread, span, tile_from_codes(total, float32(shift_share)))
+                sums = given[SUMS] + (t * spans + span) * size
+                total = tile_from_codes(tile_load(tokens, sums, 64), float32(shift_share))
+                finish_span(given, t, thread, span, total, sums)
 
     return linear_t_quantized
 

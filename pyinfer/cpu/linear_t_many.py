@@ -135,8 +135,8 @@ def _finish_kernel(bits: int) -> Kernel:
         for row in range(first, last):
             sums = given[SUMS] + row * given[SUM_STRIDE]
             for span in range((given[WIDTH] + 16 * positions - 1) // (16 * positions)):
-                total = tile_load(positions, sums + 64 * positions * span, 64)
-                finish_span(given, row, thread, span, total)
+                here = sums + 64 * positions * span
+                finish_span(given, row, thread, span, tile_load(positions, here, 64), here)
 
     return linear_t_finish
 

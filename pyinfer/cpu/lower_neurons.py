@@ -16,7 +16,6 @@ from pyinfer.cpu.gather import ABOVE, NOT_ZERO, REACHING
 from pyinfer.cpu.lower_linear import linear_operands, prepare, quantized, residual_of
 from pyinfer.cpu.scratch import Buffer
 from pyinfer.cpu.weights import Matrix
-from pyinfer.jit.buffers import allocate
 from pyinfer.jit.kernel import Kernel
 from pyinfer.jit.team import DYNAMIC, STATIC
 from pyinfer.program.program import Op
@@ -177,8 +176,6 @@ def _skipping(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer],
     sums = lowering.new(n_bytes, 0, shared=True)
     operands[kernels_t.LISTING : kernels_t.LISTING + 2] = _scratch(lowering, operands, parts)
     operands[kernels_t.SUMS] = sums.address
-    if not matrix.layout.is_float:
-        operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
     lowering.emit(kernels_t.linear_t(matrix.layout), operands, ("panels", spans), STATIC, reads, out)
     lowering.free(sums)
 
@@ -196,12 +193,6 @@ def _columns(lowering: Lowering, matrix: Matrix, operands, reads: list[Buffer], 
     lowering.emit(linear_t_many.columns(matrix.layout), operands, items, DYNAMIC, reads, out)
 
 
-def _span_scratch(lowering: Lowering, layout: Layout) -> int:
-    """Address of the floats of one span for every thread."""
-    lowering.keep.append(allocate(4 * kernels_t.span_of(layout) * lowering.machine.n_threads))
-    return lowering.keep[-1].ctypes.data
-
-
 def _slabs(
     lowering: Lowering, matrix: Matrix, operands, inputs: list[tuple[Buffer, int]], others, out: Buffer
 ) -> None:
@@ -214,7 +205,6 @@ def _slabs(
         linear_t_many.VALUES: linear_t_many.values_bytes(matrix.layout),
         linear_t_many.PANELS: linear_t_many.panels_bytes(matrix.layout),
     }
-    operands[kernels_t.ORDERED] = _span_scratch(lowering, matrix.layout)
     starts = np.cumsum([0, *(width for _, width in inputs)])
     for first, x, neurons in [
         (int(start) + at, x.view(4 * at), min(linear_t_many.SLAB, width - at))

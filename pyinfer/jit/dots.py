@@ -1,5 +1,5 @@
-"""The one SIMD word that differs by processor: dot products of four neighbouring bytes, added to 32-bit
-lanes.
+"""The SIMD word that every processor has in a form of its own: dot products of four neighbouring bytes, added
+to 32-bit lanes. (Of the others only `pyinfer.jit.codes.list_bits` asks for the level.)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Source: the vocabulary follows ggml's graph functions and the llama.cpp tensor n
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,11 @@ class Weights:
     `w.layers[3].attn_q`.
     """
 
-    def __init__(self, file: GGUFFile, block: int | None = None) -> None:
+    def __init__(
+        self, file: GGUFFile, block: int | None = None, label: str = "", index: np.ndarray | None = None
+    ) -> None:
         self._file, self.block = file, block
-        self._label, self._index = "", None
+        self._label, self._index = label, index
 
     def __getattr__(self, name: str) -> Weight:
         found = Weight(self._file, name, self.block)
@@ -64,9 +67,7 @@ class Weights:
 
     def part(self, label: str, index: np.ndarray) -> Weights:
         """The same block with these neurons only."""
-        found = Weights(self._file, self.block)
-        found._label, found._index = label, index
-        return found
+        return Weights(self._file, self.block, label, index)
 
     def has(self, name: str) -> bool:
         return names.weight(name, self.block) in self._file.tensors
@@ -266,13 +267,12 @@ class Builder:
         gated = layer.has(names.FFN_GATE)
         if plan.mode == PREDICTED:
             scores = self._scores(x, raw, layer, plan)
-            return self._down(self._of_guess(x, scores, layer, activation, plan.thresholds), layer, x.width)
+            return self._down(self._of_guess(x, scores, layer, activation, plan), layer, x.width)
         g = self.linear(x, layer.ffn_gate if gated else layer.ffn_up, width)
         if plan.mode == DENSE and gated:
             hidden = self.gate(activation, g, self.linear(x, layer.ffn_up, width))
         else:
-            hidden = self._active(plan, activation, g)
-            hidden = self._times_up(x, hidden, layer, activation) if gated else hidden
+            hidden = self._fired(x, g, layer, activation, plan)
             self._stats("used", hidden, layer)
         self._observe(layer, x, raw, g, hidden, activation)
         return self._down(hidden, layer, x.width)
@@ -297,34 +297,34 @@ class Builder:
                 self._vector(weight.bias if name != names.FFN_DOWN_T else None, neurons, "one per neuron")
         cold = np.setdiff1d(np.arange(neurons), plan.hot)
         hot, rest = layer.part(HOT, plan.hot), layer.part(COLD, cold)
+        both = layer.part(f"{HOT}, {COLD}", np.concatenate([plan.hot, cold]))
         gated = layer.has(names.FFN_GATE)
         first = self.linear(x, hot.ffn_gate if gated else hot.ffn_up, len(plan.hot))
         up = self.linear(x, hot.ffn_up, len(plan.hot)) if gated else None
         scores = self._scores(x, raw, rest, plan)
         hidden = self.gate(activation, first, up) if up else self.activate(activation, first)
         self._stats("hot", hidden, layer)
-        others = self._of_guess(x, scores, rest, activation, plan.thresholds[cold])
-        both = layer.part(f"{HOT}, {COLD}", np.concatenate([plan.hot, cold]))
+        plan = replace(plan, thresholds=plan.thresholds[cold])
+        others = self._of_guess(x, scores, rest, activation, plan)
         return self.linear_t(others, both.ffn_down_t, x.width, before=hidden)
 
-    def _of_guess(
-        self, x: Value, scores: Value, layer: Weights, activation: str, thresholds: np.ndarray
-    ) -> Value:
+    def _of_guess(self, x: Value, scores: Value, layer: Weights, activation: str, plan: LayerPlan) -> Value:
         """What goes into down, from the neurons whose score reaches its threshold."""
-        gated = layer.has(names.FFN_GATE)
-        first = layer.ffn_gate if gated else layer.ffn_up
-        g = self.linear_at(x, scores, first, times=False, thresholds=thresholds)
-        hidden = self._active(LayerPlan(), activation, g)
+        first = layer.ffn_gate if layer.has(names.FFN_GATE) else layer.ffn_up
+        g = self.linear_at(x, scores, first, times=False, thresholds=plan.thresholds)
         self._stats("computed", g, layer)
         if self._plan.observe == "stats":  # what the layer would have used without a predictor
             every = np.full(scores.width, -np.inf, np.float32)
-            truth = self.linear_at(x, scores, first, times=False, thresholds=every)
-            truth = self._active(LayerPlan(), activation, truth)
-            truth = self._times_up(x, truth, layer, activation) if gated else truth
-            self._stats("truth", truth, layer)
-        hidden = self._times_up(x, hidden, layer, activation) if gated else hidden
+            whole = self.linear_at(x, scores, first, times=False, thresholds=every)
+            self._stats("truth", self._fired(x, whole, layer, activation, plan), layer)
+        hidden = self._fired(x, g, layer, activation, plan)
         self._stats("used", hidden, layer)
         return hidden
+
+    def _fired(self, x: Value, g: Value, layer: Weights, activation: str, plan: LayerPlan) -> Value:
+        """What goes into down: activation(g), with a gate times up for the neurons that are active."""
+        active = self._active(plan, activation, g)
+        return self._times_up(x, active, layer, activation) if layer.has(names.FFN_GATE) else active
 
     def _stats(self, what: str, x: Value, layer: Weights) -> None:
         if self._plan.observe == "stats":
