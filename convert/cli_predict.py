@@ -17,6 +17,7 @@ import click
 
 from pyinfer.errors import InputError
 from pyinfer.progress import Progress, format_amount
+from pyinfer_convert.shared_options import model_and_texts, threads_option
 from pyinfer_convert.terminal import Signals, exit_code, note
 
 if TYPE_CHECKING:
@@ -137,16 +138,7 @@ def describe(layers: Sequence[Layer], ffn_bytes: int) -> list[str]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILES...",
-    help="Plain text, UTF-8: what the model shall be good at.",
-)
+@model_and_texts(": what the model shall be good at")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New file.  [MODEL-predicted.gguf]")
 @click.option(
     "--recall",
@@ -185,7 +177,7 @@ def describe(layers: Sequence[Layer], ffn_bytes: int) -> list[str]:
     help="Type of predictors.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
+@threads_option
 @click.option("-v", "--verbose", is_flag=True, help="Tracebacks.")
 @click.pass_context
 def predict(

@@ -20,6 +20,7 @@ import numpy as np
 
 from pyinfer.errors import FormatError, InputError, PyInferError
 from pyinfer.progress import Progress
+from pyinfer_convert.shared_options import model_and_texts, threads_option
 from pyinfer_convert.terminal import Signals, exit_code, note
 
 if TYPE_CHECKING:
@@ -318,16 +319,7 @@ def _count_and_measure(target: _Target, options: dict[str, Any], signals: Signal
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="")
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILES...",
-    help="Plain text, UTF-8.",
-)
+@model_and_texts("")
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -348,7 +340,7 @@ def _count_and_measure(target: _Target, options: dict[str, Any], signals: Signal
     help="For SiLU and GELU: do not measure, on text behind what is counted, what cats=SHARE costs.",
 )
 @click.option("--fresh", is_flag=True, help="Forget what was counted before.")
-@click.option("-t", "--threads", type=click.IntRange(1, 256), help="Threads.  [as many as may be used]")
+@threads_option
 @click.option("-v", "--verbose", is_flag=True, help="A line for each layer; tracebacks.")
 @click.pass_context
 def profile(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from click.testing import CliRunner
 
 from pyinfer import names
 from pyinfer.models.checkpoint import bind, family_of, load
+from pyinfer_convert import cli
 from pyinfer_convert.checkpoint import Checkpoint
 
 FOLDER = Path(__file__).resolve().parent / "golden" / "hf"
@@ -31,6 +33,13 @@ def converted(checkpoint: Checkpoint) -> tuple[dict[str, object], dict[str, np.n
             array = (array.astype(np.uint32) << 16).view(np.float32)
         tensors[rule.name] = array.astype(np.float32)
     return family.metadata(checkpoint.config), tensors
+
+
+def convert_f32(name: str, path: Path) -> Path:
+    """A tiny checkpoint as an F32 GGUF with its tokenizer, by the command itself."""
+    done = CliRunner().invoke(cli.main, [str(FOLDER / name), "-o", str(path), "--quant", "f32"])
+    assert done.exit_code == 0, done.stderr
+    return path
 
 
 def write_gguf(path: Path, metadata: dict[str, object], tensors: dict[str, np.ndarray]) -> None:

@@ -29,30 +29,9 @@ def measure(
     n_decode: int,
     repeats: int,
     batch: int,
-    sparsity: str = "auto",
-) -> dict[str, object]:
-    """All figures of one model.
-
-    The parameters are those of `_model_figures`;  read_bandwidth_bytes_per_second is the machine's own.
-    """
-    figures = _model_figures(model, threads, n_prompt, n_decode, repeats, batch, sparsity)
-    # Measured after the model is closed and forgotten, because it needs memory of its own.
-    from pyinfer.jit import read_bandwidth
-
-    figures["read_bandwidth_bytes_per_second"] = read_bandwidth(figures["threads"])
-    return figures
-
-
-def _model_figures(
-    model: str,
-    threads: int | None,
-    n_prompt: int,
-    n_decode: int,
-    repeats: int,
-    batch: int,
     sparsity: str,
 ) -> dict[str, object]:
-    """What is measured on an open model.
+    """What is measured on one model.
 
     n_prompt, n_decode : tokens per run, 0 leaves the run out;  batch : sequences decoded together
     sparsity : as `load_model` takes it
@@ -140,6 +119,10 @@ def _bench_hardware(options: dict[str, Any]) -> str:
 def _bench_model(options: dict[str, Any]) -> str:
     names = ("model", "threads", "n_prompt", "n_decode", "repeats", "batch", "sparsity")
     figures = measure(**{name: options[name] for name in names})
+    # Now that the model is closed and forgotten, because it needs memory of its own.
+    from pyinfer.jit import read_bandwidth
+
+    figures["read_bandwidth_bytes_per_second"] = read_bandwidth(figures["threads"])
     return json.dumps(figures) if options["as_json"] else report(figures)
 
 

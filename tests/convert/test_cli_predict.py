@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from golden_files import dequantize
-from hf_checkpoints import FOLDER
+from hf_checkpoints import convert_f32
 
 from pyinfer import names
 from pyinfer.errors import CapacityError
@@ -50,9 +50,7 @@ def made(tmp_path_factory, text):
     def make(name):
         if name not in found:
             folder = tmp_path_factory.mktemp(name)
-            model, target = folder / "model.gguf", folder / "predicted.gguf"
-            done = CliRunner().invoke(cli.main, [str(FOLDER / name), "-o", str(model), "--quant", "f32"])
-            assert done.exit_code == 0, done.stderr
+            model, target = convert_f32(name, folder / "model.gguf"), folder / "predicted.gguf"
             done = run(model, "--text", text, "-o", target, "--tokens", TOKENS)
             assert done.exit_code == 0, done.stderr
             found[name] = model, target, done.stderr
@@ -178,8 +176,7 @@ def test_wrong_texts_and_models_are_one_sentence(made, text, tmp_path):
     empty.write_bytes(b"")
     binary.write_bytes(bytes(range(256)) * 20)
     model, predicted, _ = made("relu_llama")
-    silu = tmp_path / "silu.gguf"
-    CliRunner().invoke(cli.main, [str(FOLDER / "llama"), "-o", str(silu), "--quant", "f32"])
+    silu = convert_f32("llama", tmp_path / "silu.gguf")
     target = tmp_path / "new.gguf"
     for arguments, words in (
         ([model, "--text", empty], "the file is empty"),

@@ -15,7 +15,7 @@ import pytest
 from checkpoint_files import torch_file, torch_tensor_pickle
 from click.testing import CliRunner
 from golden_files import dequantize
-from hf_checkpoints import FOLDER
+from hf_checkpoints import convert_f32
 
 from pyinfer.gguf_file import open_gguf
 from pyinfer.models import build_program
@@ -24,7 +24,7 @@ from pyinfer.program.reference import Reference
 from pyinfer.program.sparsity import FFNPlan
 from pyinfer.section import Entry, read_section, update_section
 from pyinfer.text.tokenizer import Tokenizer
-from pyinfer_convert import cli, cli_profile
+from pyinfer_convert import cli_profile
 from pyinfer_convert.cli_profile import profile
 
 WORDS = [
@@ -61,9 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("made")
     found = {}
     for name in ("relu_llama", "llama"):
-        found[name] = folder / f"{name}.gguf"
-        done = CliRunner().invoke(cli.main, [str(FOLDER / name), "-o", str(found[name]), "--quant", "f32"])
-        assert done.exit_code == 0, done.stderr
+        found[name] = convert_f32(name, folder / f"{name}.gguf")
     for seed, name in enumerate("ab"):
         found[name] = folder / f"{name}.txt"
         found[name].write_text(story(seed, 700), encoding="utf-8")

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hf_checkpoints import FOLDER
+from hf_checkpoints import convert_f32
 
 from pyinfer.gguf_file import open_gguf
 from pyinfer.neurons.cats import from_entry
 from pyinfer.runtime import loss
 from pyinfer.section import Entry, read_section, update_section
 from pyinfer.text.tokenizer import Tokenizer
-from pyinfer_convert import cli, held_out
+from pyinfer_convert import held_out
 from pyinfer_convert.cli_profile import profile
 from pyinfer_convert.held_out import MOST_WINDOWS, SHARES, choose_windows, describe_loss
 
@@ -32,9 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("made")
     found = {}
     for name in ("llama", "relu_llama"):
-        found[name] = folder / f"{name}.gguf"
-        done = CliRunner().invoke(cli.main, [str(FOLDER / name), "-o", str(found[name]), "--quant", "f32"])
-        assert done.exit_code == 0, done.stderr
+        found[name] = convert_f32(name, folder / f"{name}.gguf")
     for name, count in (("long", 600), ("short", 250)):
         draw = random.Random(count)
         found[name] = folder / f"{name}.txt"

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hf_checkpoints import FOLDER
+from hf_checkpoints import convert_f32
 
 torch = pytest.importorskip("torch", reason="the extra [train]; test_cli_predict.py needs none")
 
@@ -91,9 +91,7 @@ def test_the_command_trains_and_the_model_runs(tmp_path):
     draw, words = random.Random(0), ["cat", "sat", "on", "mat", "dog", "ran", "to", "it", "birds"]
     text = tmp_path / "text.txt"
     text.write_text("".join(draw.choice(words) + draw.choice("  .\n") for _ in range(2000)), encoding="utf-8")
-    model, target = tmp_path / "model.gguf", tmp_path / "new.gguf"
-    done = CliRunner().invoke(cli.main, [str(FOLDER / "relu_llama"), "-o", str(model), "--quant", "f32"])
-    assert done.exit_code == 0, done.stderr
+    model, target = convert_f32("relu_llama", tmp_path / "model.gguf"), tmp_path / "new.gguf"
     arguments = [
         str(model),
         "--text",
